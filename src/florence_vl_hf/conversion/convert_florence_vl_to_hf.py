@@ -1,0 +1,271 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+"""Conversion of an original Florence-VL checkpoint into a folder that the Auto classes load."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import GenerationConfig
+from transformers.utils import logging
+
+from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
+from ..processing import FlorenceVLProcessor
+from .errors import CheckpointError
+from .key_mapping import ORIGINAL_TOWER, to_converted
+from .original_config import (
+    TowerSettings,
+    check_is_florence_vl,
+    text_config_from_original,
+    tower_settings_from_folder,
+    tower_settings_from_tensors,
+)
+from .original_processor import add_image_token, build_processor, load_original_tokenizer
+from .output_folder import TensorToWrite, check_disk_space, folder_in_place_when_complete, write_weights
+from .stored_tensors import StoredTensor, find_tensors, read_json
+
+
+logger = logging.get_logger(__name__)
+
+# Where an original checkpoint keeps its tower after pretraining, beside the shards.
+TOWER_FOLDER = "vision_tower"
+# Files of a Hub repository that a conversion reads.
+CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
+TOWER_CONFIG_FILES = ["config.json", "preprocessor_config.json"]
+
+
+@dataclass
+class ConversionPlan:
+    """A conversion that was checked from end to end, but wrote nothing yet."""
+
+    config: FlorenceVLConfig
+    processor: FlorenceVLProcessor
+    generation_config: GenerationConfig
+    tensors: dict[str, TensorToWrite]
+    assumptions: list[str]
+
+
+def plan_conversion(
+    source: Path,
+    vision_tower: Path | None = None,
+    image_feature_source: list[str] | None = None,
+    dtype: torch.dtype | None = None,
+    chat_template: str | None = None,
+) -> ConversionPlan:
+    """
+    Read an original checkpoint folder, without its weights, and check that all of it can be converted.
+
+    Args:
+        source (`Path`): Folder of the original checkpoint.
+        vision_tower (`Path`, *optional*): Folder of its Florence-2, where `source` has none. The checkpoint's own
+            weights win over this folder's.
+        image_feature_source (`list[str]`, *optional*): Instead of what the tower's configuration says.
+        dtype (`torch.dtype`, *optional*): Of the converted weights. By default each tensor keeps its own.
+        chat_template (`str`, *optional*): One of `CHAT_TEMPLATES`. By default the one that fits the language model.
+
+    Raises:
+        CheckpointError: If anything is missing, unexpected, misshapen or damaged. The message names file and tensor.
+    """
+    original = read_json(source / "config.json")
+    stored = find_tensors(source)
+    check_is_florence_vl(original, stored, str(source))
+    if vision_tower is None and (source / TOWER_FOLDER / "config.json").is_file():
+        vision_tower = source / TOWER_FOLDER
+    if not stored:
+        raise CheckpointError(f"{source} holds no weights; fetch its model-*.safetensors or pytorch_model-*.bin.")
+    if vision_tower is not None and not any(name.startswith(ORIGINAL_TOWER) for name in stored):
+        stored |= {ORIGINAL_TOWER + name: tensor for name, tensor in find_tensors(vision_tower).items()}
+
+    tower = _tower_settings(vision_tower, stored, image_feature_source)
+    tokenizer = load_original_tokenizer(source)
+    text_config = text_config_from_original(original)
+    num_original_rows = text_config.vocab_size
+    image_token_id, text_config.vocab_size = add_image_token(tokenizer, num_original_rows)
+    try:
+        config = FlorenceVLConfig(
+            vision_config=tower.config,
+            text_config=text_config,
+            image_token_id=image_token_id,
+            image_size=tower.image_size,
+            image_feature_source=tower.image_feature_source,
+            projector_depth=int(original["mm_projector_type"].removeprefix("mlp").removesuffix("x_gelu")),
+            projector_hidden_act="gelu",
+        )
+    except ValueError as error:
+        raise CheckpointError(f"The configuration of {source} contradicts itself: {error}") from error
+    config.architectures = [FlorenceVLForConditionalGeneration.__name__]
+
+    tensors = _plan_tensors(config, stored, num_original_rows, dtype)
+    config.dtype = (
+        tensors["lm_head.weight"].dtype if "lm_head.weight" in tensors else next(iter(tensors.values())).dtype
+    )
+    return ConversionPlan(
+        config=config,
+        processor=build_processor(original, tower, tokenizer, config.num_image_tokens, chat_template),
+        generation_config=_generation_config(source, config, num_original_rows),
+        tensors=tensors,
+        assumptions=tower.assumptions,
+    )
+
+
+def _tower_settings(
+    vision_tower: Path | None, stored: dict[str, StoredTensor], image_feature_source: list[str] | None
+) -> TowerSettings:
+    if vision_tower is not None:
+        tower = tower_settings_from_folder(vision_tower)
+    else:
+        of_tower = {name.removeprefix(ORIGINAL_TOWER): tensor for name, tensor in stored.items()}
+        tower = tower_settings_from_tensors(of_tower)
+    if image_feature_source is not None:
+        tower.image_feature_source = image_feature_source
+        tower.assumptions = [assumed for assumed in tower.assumptions if "--image-feature-source" not in assumed]
+    return tower
+
+
+def _plan_tensors(
+    config: FlorenceVLConfig, stored: dict[str, StoredTensor], num_original_rows: int, dtype: torch.dtype | None
+) -> dict[str, TensorToWrite]:
+    """Pair every tensor of the model with one that is stored, and complain of all that does not pair."""
+    with torch.device("meta"):
+        expected = {
+            name: tuple(tensor.shape)
+            for name, tensor in FlorenceVLForConditionalGeneration(config).state_dict().items()
+        }
+    if config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+    with_rows_of_words = {"model.language_model.embed_tokens.weight", "lm_head.weight"}
+
+    sources: dict[str, tuple[StoredTensor, bool]] = {}
+    unknown = []
+    for name, tensor in stored.items():
+        mapped = to_converted(name)
+        if mapped is None or (mapped.name is not None and mapped.name not in expected | {"lm_head.weight": ()}):
+            unknown.append(str(tensor))
+        elif mapped.name in expected and _is_better_name(name, mapped.name, sources):
+            sources[mapped.name] = (tensor, mapped.transposed)
+    missing = [name for name in expected if name not in sources]
+    if unknown or missing:
+        raise CheckpointError(
+            "The checkpoint does not fit its configuration. "
+            + (f"Tensors that nothing uses: {_some(unknown)}. " if unknown else "")
+            + (f"Tensors that are missing, by their converted names: {_some(missing)}. " if missing else "")
+            + "Fetch all of its files again; if they are whole, it is no Florence-VL that is known here."
+        )
+
+    tensors = {}
+    for name, shape in expected.items():
+        tensor, transposed = sources[name]
+        found = tensor.shape[::-1] if transposed else tensor.shape
+        wanted = (num_original_rows, *shape[1:]) if name in with_rows_of_words else shape
+        if found != wanted:
+            raise CheckpointError(
+                f"{tensor} has shape {tensor.shape}, expected {wanted[::-1] if transposed else wanted} from the "
+                f"configuration; the two do not belong together."
+            )
+        make = partial(_make_tensor, tensor.read, transposed, shape, dtype)
+        tensors[name] = TensorToWrite(dtype if dtype and tensor.dtype.is_floating_point else tensor.dtype, shape, make)
+    return tensors
+
+
+def _is_better_name(name: str, converted: str, sources: dict[str, tuple[StoredTensor, bool]]) -> bool:
+    """Of the several names of a tied tensor, the one that the table lists first counts."""
+    if converted not in sources:
+        return True
+    from .key_mapping import to_original
+
+    order = [mapped.name for mapped in to_original(converted)]
+    return order.index(name) < order.index(sources[converted][0].name)
+
+
+def _make_tensor(
+    read: Callable[[], torch.Tensor], transposed: bool, shape: tuple[int, ...], dtype: torch.dtype | None
+) -> torch.Tensor:
+    tensor = read()
+    if transposed:
+        tensor = tensor.T
+    if tensor.shape[:1] != shape[:1]:
+        # Rows for `<image>` and up to the next multiple of 64: zero, so that they are the same on every machine.
+        tensor = torch.cat([tensor, tensor.new_zeros(shape[0] - tensor.shape[0], *shape[1:])])
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _generation_config(source: Path, config: FlorenceVLConfig, num_original_rows: int) -> GenerationConfig:
+    path = source / "generation_config.json"
+    settings: dict[str, Any] = read_json(path) if path.is_file() else {}
+    generation_config = GenerationConfig(**settings)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(generation_config, name) is None:
+            setattr(generation_config, name, getattr(config.text_config, name))
+    # Rows that were added to round their number up are no words. The model itself never says `<image>`.
+    generation_config.suppress_tokens = list(range(num_original_rows, config.text_config.vocab_size)) or None
+    return generation_config
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    vision_tower: str | Path | None = None,
+    image_feature_source: list[str] | None = None,
+    dtype: torch.dtype | None = None,
+    chat_template: str | None = None,
+    max_shard_size: int | str = "5GB",
+) -> ConversionPlan:
+    """
+    Convert an original Florence-VL checkpoint into a folder that `AutoModelForImageTextToText` and `AutoProcessor` load.
+
+    Args:
+        source (`str` or `Path`): Folder or Hub id of the original checkpoint, such as `jiuhai/florence-vl-8b-sft`.
+        output (`str` or `Path`): Folder to make. It appears when it is complete.
+        vision_tower (`str` or `Path`, *optional*): Folder or Hub id of its Florence-2, where `source` has none.
+        image_feature_source (`list[str]`, *optional*): Instead of what the tower's configuration says.
+        dtype (`torch.dtype`, *optional*): Of the converted weights. By default each tensor keeps its own.
+        chat_template (`str`, *optional*): One of `CHAT_TEMPLATES`. By default the one that fits the language model.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): Size of a file of weights at most.
+
+    Returns:
+        `ConversionPlan`: What was written, with what had to be assumed.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be converted. Nothing is written then.
+    """
+    output = Path(output)
+    with folder_in_place_when_complete(output) as folder:
+        plan = plan_conversion(
+            resolve_folder(source, CHECKPOINT_FILES),
+            vision_tower and resolve_folder(vision_tower, TOWER_CONFIG_FILES),
+            image_feature_source,
+            dtype,
+            chat_template,
+        )
+        for assumed in plan.assumptions:
+            logger.warning(assumed)
+        check_disk_space(folder, plan.tensors)
+        write_weights(folder, plan.tensors, max_shard_size)
+        plan.config.save_pretrained(folder)
+        plan.generation_config.save_pretrained(folder)
+        plan.processor.save_pretrained(folder)
+    return plan
+
+
+def resolve_folder(folder_or_id: str | Path, files: list[str]) -> Path:
+    """A folder as it is, or that of a Hub repository after its `files` were downloaded."""
+    folder = Path(folder_or_id)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or len(folder.parts) != 2 or folder.is_absolute() or folder.parts[0] in (".", ".."):
+        raise CheckpointError(f"{folder_or_id} is neither a folder nor the id of a Hub repository.")
+    try:
+        return Path(snapshot_download(str(folder_or_id), allow_patterns=files))
+    except Exception as error:
+        # Offline, not found, gated, no token: huggingface_hub says it well, in one of many exceptions.
+        raise CheckpointError(f"{folder_or_id} is no folder here, and cannot be had from the Hub: {error}") from error
+
+
+__all__ = ["ConversionPlan", "convert", "plan_conversion", "resolve_folder"]

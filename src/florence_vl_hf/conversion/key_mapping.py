@@ -1,0 +1,160 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+"""The one table of tensor names, original beside converted. Nothing else knows how a tensor is called."""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+
+# Where the original keeps its Florence-2 among the language model's tensors, and where this package keeps it.
+ORIGINAL_TOWER = "model.vision_tower.vision_tower."
+TOWER = "model.vision_tower."
+
+# What each `{field}` of a pattern stands for. A field is the same on both sides of a rule.
+FIELDS = {
+    "stage": r"\d+",
+    "block": r"\d+",
+    "layer": r"\d+",
+    "half": r"spatial_block|channel_block",
+    "conv": r"conv1|conv2",
+    "linear": r"qkv|proj|fc1|fc2",
+    "axis": r"row|column",
+    "leaf": r"weight|bias",
+    "llm": r"(?:embed_tokens|layers|norm)\..+",
+    "rest": r".+",
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """
+    One line of the table.
+
+    Args:
+        original (`str`): Name in an original checkpoint, with `{fields}`.
+        converted (`str`, *optional*): Name in this package's layout; `None` for a tensor that Florence-VL does not use.
+        transposed (`bool`, *optional*): Whether each layout holds the other's transpose.
+    """
+
+    original: str
+    converted: str | None
+    transposed: bool = False
+
+    @cached_property
+    def original_regex(self) -> re.Pattern[str]:
+        return _compile(self.original)
+
+    @cached_property
+    def converted_regex(self) -> re.Pattern[str] | None:
+        return None if self.converted is None else _compile(self.converted)
+
+
+@dataclass(frozen=True)
+class MappedName:
+    """The other name of a tensor (`None` if it has none), and whether the tensor is transposed there."""
+
+    name: str | None
+    transposed: bool
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    parts = re.split(r"\{(\w+)\}", pattern)  # text and fields by turns
+    return re.compile(
+        "".join(f"(?P<{part}>{FIELDS[part]})" if i % 2 else re.escape(part) for i, part in enumerate(parts))
+    )
+
+
+# Florence-2 in the layout of its first release, beside `FlorenceVLVisionTower`.
+TOWER_RULES = (
+    Rule("vision_tower.convs.{stage}.proj.{leaf}", "backbone.convs.{stage}.conv.{leaf}"),
+    Rule("vision_tower.convs.{stage}.norm.{leaf}", "backbone.convs.{stage}.norm.{leaf}"),
+    Rule(
+        "vision_tower.blocks.{stage}.{block}.{half}.{conv}.fn.dw.{leaf}",
+        "backbone.blocks.{stage}.{block}.{half}.{conv}.{leaf}",
+    ),
+    Rule(
+        "vision_tower.blocks.{stage}.{block}.spatial_block.window_attn.norm.{leaf}",
+        "backbone.blocks.{stage}.{block}.spatial_block.norm1.{leaf}",
+    ),
+    Rule(
+        "vision_tower.blocks.{stage}.{block}.spatial_block.window_attn.fn.{linear}.{leaf}",
+        "backbone.blocks.{stage}.{block}.spatial_block.window_attn.{linear}.{leaf}",
+    ),
+    Rule(
+        "vision_tower.blocks.{stage}.{block}.channel_block.channel_attn.norm.{leaf}",
+        "backbone.blocks.{stage}.{block}.channel_block.norm1.{leaf}",
+    ),
+    Rule(
+        "vision_tower.blocks.{stage}.{block}.channel_block.channel_attn.fn.{linear}.{leaf}",
+        "backbone.blocks.{stage}.{block}.channel_block.channel_attn.{linear}.{leaf}",
+    ),
+    Rule(
+        "vision_tower.blocks.{stage}.{block}.{half}.ffn.norm.{leaf}",
+        "backbone.blocks.{stage}.{block}.{half}.norm2.{leaf}",
+    ),
+    Rule(
+        "vision_tower.blocks.{stage}.{block}.{half}.ffn.fn.net.{linear}.{leaf}",
+        "backbone.blocks.{stage}.{block}.{half}.ffn.{linear}.{leaf}",
+    ),
+    # A bare parameter, input x output, became a linear layer, output x input.
+    Rule("image_projection", "image_projector.image_projection.weight", transposed=True),
+    Rule("image_proj_norm.{leaf}", "image_projector.image_proj_norm.{leaf}"),
+    Rule("image_pos_embed.{axis}_embeddings.weight", "image_projector.image_position_embed.{axis}_embeddings.weight"),
+    Rule("visual_temporal_embed.pos_idx_to_embed", "image_projector.visual_temporal_embed.pos_idx_to_embed"),
+    # The tied table of Florence-2's words, stored under one or more of four names: the first that is there counts.
+    Rule("language_model.model.shared.weight", "encoder.embed_tokens.weight"),
+    Rule("language_model.model.encoder.embed_tokens.weight", "encoder.embed_tokens.weight"),
+    Rule("language_model.model.decoder.embed_tokens.weight", "encoder.embed_tokens.weight"),
+    Rule("language_model.lm_head.weight", "encoder.embed_tokens.weight"),
+    Rule("language_model.model.encoder.{rest}", "encoder.{rest}"),
+    # The decoder never runs.
+    Rule("language_model.model.decoder.{rest}", None),
+    Rule("language_model.final_logits_bias", None),
+)
+
+# Names of the table of words among `TOWER_RULES`.
+TIED_WORDS = tuple(rule.original for rule in TOWER_RULES if rule.converted == "encoder.embed_tokens.weight")
+
+# A whole original checkpoint beside `FlorenceVLForConditionalGeneration`.
+MODEL_RULES = (
+    Rule("model.mm_projector.encoder_mlp.0.{leaf}", "model.multi_modal_projector.layers.0.{leaf}"),
+    Rule("model.mm_projector.encoder_mlp.{layer}.1.{leaf}", "model.multi_modal_projector.layers.{layer}.{leaf}"),
+    *(
+        Rule(ORIGINAL_TOWER + rule.original, rule.converted and TOWER + rule.converted, rule.transposed)
+        for rule in TOWER_RULES
+    ),
+    # Computed from the configuration; old versions of Transformers stored it.
+    Rule("model.layers.{layer}.self_attn.rotary_emb.inv_freq", None),
+    Rule("model.{llm}", "model.language_model.{llm}"),
+    Rule("lm_head.{leaf}", "lm_head.{leaf}"),
+)
+
+
+def to_converted(name: str) -> MappedName | None:
+    """This package's name for a tensor of an original checkpoint, or `None` if no rule knows it."""
+    for rule in MODEL_RULES:
+        if match := rule.original_regex.fullmatch(name):
+            return MappedName(rule.converted and rule.converted.format(**match.groupdict()), rule.transposed)
+    return None
+
+
+def to_original(name: str) -> list[MappedName]:
+    """The original's names for a tensor of this package: more than one where the original ties tensors."""
+    return [
+        MappedName(rule.original.format(**match.groupdict()), rule.transposed)
+        for rule in MODEL_RULES
+        if rule.converted_regex is not None and (match := rule.converted_regex.fullmatch(name))
+    ]
+
+
+__all__ = [
+    "MODEL_RULES",
+    "ORIGINAL_TOWER",
+    "TIED_WORDS",
+    "TOWER",
+    "TOWER_RULES",
+    "MappedName",
+    "Rule",
+    "to_converted",
+    "to_original",
+]

@@ -1,0 +1,53 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+"""The conversation formats of the original, one `.jinja` file each, and their fit to a tokenizer."""
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+
+CHAT_TEMPLATES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.jinja")))
+
+
+def load_chat_template(name: str, tokenizer: PreTrainedTokenizerBase, image_token: str = "<image>") -> str:
+    """
+    Read a conversation format and fit it to a tokenizer, so that it gives the token ids that the original trained on.
+
+    The original cuts a prompt at its images and tokenizes each piece by itself. Two things follow, which a template
+    must spell out because a whole prompt is tokenized at once: the BOS that the tokenizer puts before the first piece,
+    and the space that SentencePiece tokenizers put before each later one.
+
+    Args:
+        name (`str`): One of `CHAT_TEMPLATES`.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer, which knows `image_token` as one token.
+
+    Raises:
+        ValueError: If there is no such format, or the tokenizer reads text after an image in some third way.
+    """
+    if name not in CHAT_TEMPLATES:
+        raise ValueError(f"There is no chat template {name!r}; choose one of {', '.join(CHAT_TEMPLATES)}.")
+    text = (Path(__file__).parent / f"{name}.jinja").read_text(encoding="utf-8")
+
+    settings = ""
+    if tokenizer.bos_token_id is not None and tokenizer("x").input_ids[0] == tokenizer.bos_token_id:
+        settings += "{%- set leading_bos = bos_token -%}\n"
+    if after_image := _text_after_image(tokenizer, image_token):
+        settings += f"{{%- set after_image = {after_image!r} -%}}\n"
+    return settings + text
+
+
+def _text_after_image(tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
+    """What must stand between an image and the text after it, for that text to read as if it stood alone."""
+    piece = "\nWhat is this?"
+    alone = tokenizer(piece, add_special_tokens=False).input_ids
+    for candidate in ("", " "):
+        after_image = tokenizer(image_token + candidate + piece, add_special_tokens=False).input_ids[1:]
+        if after_image == alone:
+            return candidate
+    raise ValueError(
+        f"{type(tokenizer).__name__} reads text after {image_token!r} as {after_image}, alone as {alone}; no space "
+        f"between them mends it. Use a tokenizer that knows {image_token!r} as one special token."
+    )
+
+
+__all__ = ["CHAT_TEMPLATES", "load_chat_template"]
