@@ -1,5 +1,5 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Florence-VL, native to Hugging Face Transformers. Importing this package registers its classes with the Auto classes."""
+"""Florence-VL, native to Hugging Face Transformers. Importing this package registers it with the Auto classes."""
 
 from transformers import (
     AutoConfig,

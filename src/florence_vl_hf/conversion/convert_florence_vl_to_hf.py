@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
 from .errors import CheckpointError
-from .key_mapping import ORIGINAL_TOWER, to_converted
+from .key_mapping import ORIGINAL_TOWER, to_converted, to_original
 from .original_config import (
     TowerSettings,
     check_is_florence_vl,
@@ -35,6 +35,8 @@ TOWER_FOLDER = "vision_tower"
 # Files of a Hub repository that a conversion reads.
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
 TOWER_CONFIG_FILES = ["config.json", "preprocessor_config.json"]
+# The tables that have a row per token, to which `<image>` may add rows.
+TABLES_OF_WORDS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass
@@ -99,9 +101,7 @@ def plan_conversion(
     config.architectures = [FlorenceVLForConditionalGeneration.__name__]
 
     tensors = _plan_tensors(config, stored, num_original_rows, dtype)
-    config.dtype = (
-        tensors["lm_head.weight"].dtype if "lm_head.weight" in tensors else next(iter(tensors.values())).dtype
-    )
+    config.dtype = tensors[TABLES_OF_WORDS[0]].dtype
     return ConversionPlan(
         config=config,
         processor=build_processor(original, tower, tokenizer, config.num_image_tokens, chat_template),
@@ -130,54 +130,47 @@ def _plan_tensors(
 ) -> dict[str, TensorToWrite]:
     """Pair every tensor of the model with one that is stored, and complain of all that does not pair."""
     with torch.device("meta"):
-        expected = {
-            name: tuple(tensor.shape)
-            for name, tensor in FlorenceVLForConditionalGeneration(config).state_dict().items()
-        }
+        model = FlorenceVLForConditionalGeneration(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    unknown = [
+        str(tensor)
+        for name, tensor in stored.items()
+        if (mapped := to_converted(name)) is None or (mapped.name is not None and mapped.name not in expected)
+    ]
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]
-    with_rows_of_words = {"model.language_model.embed_tokens.weight", "lm_head.weight"}
 
-    sources: dict[str, tuple[StoredTensor, bool]] = {}
-    unknown = []
-    for name, tensor in stored.items():
-        mapped = to_converted(name)
-        if mapped is None or (mapped.name is not None and mapped.name not in expected | {"lm_head.weight": ()}):
-            unknown.append(str(tensor))
-        elif mapped.name in expected and _is_better_name(name, mapped.name, sources):
-            sources[mapped.name] = (tensor, mapped.transposed)
-    missing = [name for name in expected if name not in sources]
+    # A tied tensor may be stored under several names: the one that the table lists first counts.
+    sources = {
+        name: next(((stored[m.name], m.transposed) for m in to_original(name) if m.name in stored), None)
+        for name in expected
+    }
+    missing = [name for name, source in sources.items() if source is None]
     if unknown or missing:
         raise CheckpointError(
             "The checkpoint does not fit its configuration. "
             + (f"Tensors that nothing uses: {_some(unknown)}. " if unknown else "")
-            + (f"Tensors that are missing, by their converted names: {_some(missing)}. " if missing else "")
+            + (
+                f"Tensors that are missing: {_some([to_original(name)[0].name for name in missing])}. "
+                if missing
+                else ""
+            )
             + "Fetch all of its files again; if they are whole, it is no Florence-VL that is known here."
         )
 
     tensors = {}
     for name, shape in expected.items():
         tensor, transposed = sources[name]
-        found = tensor.shape[::-1] if transposed else tensor.shape
-        wanted = (num_original_rows, *shape[1:]) if name in with_rows_of_words else shape
-        if found != wanted:
+        wanted = (num_original_rows, *shape[1:]) if name in TABLES_OF_WORDS else shape
+        wanted = wanted[::-1] if transposed else wanted
+        if tensor.shape != wanted:
             raise CheckpointError(
-                f"{tensor} has shape {tensor.shape}, expected {wanted[::-1] if transposed else wanted} from the "
-                f"configuration; the two do not belong together."
+                f"{tensor} has shape {tensor.shape}, expected {wanted} from the configuration; the two do not belong "
+                f"together."
             )
         make = partial(_make_tensor, tensor.read, transposed, shape, dtype)
         tensors[name] = TensorToWrite(dtype if dtype and tensor.dtype.is_floating_point else tensor.dtype, shape, make)
     return tensors
-
-
-def _is_better_name(name: str, converted: str, sources: dict[str, tuple[StoredTensor, bool]]) -> bool:
-    """Of the several names of a tied tensor, the one that the table lists first counts."""
-    if converted not in sources:
-        return True
-    from .key_mapping import to_original
-
-    order = [mapped.name for mapped in to_original(converted)]
-    return order.index(name) < order.index(sources[converted][0].name)
 
 
 def _make_tensor(
@@ -218,7 +211,7 @@ def convert(
     max_shard_size: int | str = "5GB",
 ) -> ConversionPlan:
     """
-    Convert an original Florence-VL checkpoint into a folder that `AutoModelForImageTextToText` and `AutoProcessor` load.
+    Convert an original Florence-VL checkpoint into a folder that the Auto classes load.
 
     Args:
         source (`str` or `Path`): Folder or Hub id of the original checkpoint, such as `jiuhai/florence-vl-8b-sft`.

@@ -32,7 +32,7 @@ class Rule:
 
     Args:
         original (`str`): Name in an original checkpoint, with `{fields}`.
-        converted (`str`, *optional*): Name in this package's layout; `None` for a tensor that Florence-VL does not use.
+        converted (`str`, *optional*): Name in this package's layout; `None` for a tensor that is not used.
         transposed (`bool`, *optional*): Whether each layout holds the other's transpose.
     """
 

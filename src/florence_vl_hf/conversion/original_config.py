@@ -85,8 +85,8 @@ def check_is_florence_vl(original: dict[str, Any], tensors: dict[str, StoredTens
         raise CheckpointError(f"{where} is in this package's layout already; load it as it is.")
     if model_type not in TEXT_MODEL_TYPES:
         raise CheckpointError(
-            f"{where} has model type {model_type!r}, expected one of {', '.join(TEXT_MODEL_TYPES)}; give the folder of "
-            f"an original Florence-VL checkpoint."
+            f"{where} has model type {model_type!r}, expected one of {', '.join(TEXT_MODEL_TYPES)}; give an original "
+            f"Florence-VL checkpoint."
         )
     tower = str(original.get("mm_vision_tower", original.get("vision_tower", "")))
     projector = str(original.get("mm_projector_type", "linear"))
@@ -128,8 +128,8 @@ def _davit_from_first_release(davit: dict[str, Any], folder: Path) -> dict[str, 
     temporal, positions = davit.get("visual_temporal_embedding"), davit.get("image_pos_embed")
     if not temporal or temporal.get("type") != "COSINE" or not positions or positions.get("type") != "learned_abs_2d":
         raise CheckpointError(
-            f"{folder / 'config.json'} has position embeddings {positions} and {temporal}, expected learned_abs_2d and "
-            f"COSINE; no other Florence-2 is known."
+            f"{folder / 'config.json'} has position embeddings {positions} and {temporal}, expected learned_abs_2d "
+            f"and COSINE; no other Florence-2 is known."
         )
     return {ours: davit[theirs] for theirs, ours in DAVIT_FIELDS.items() if theirs in davit} | {
         "max_temporal_embeddings": temporal["max_temporal_embeddings"],
@@ -220,8 +220,8 @@ def tower_settings_from_tensors(tensors: dict[str, StoredTensor]) -> TowerSettin
         f"There is no config.json of the vision tower: its widths {embed_dim} and depths come from the weights; taken "
         f"from public Florence-2 are {PUBLIC_HEAD_DIM} channels per head (heads {num_heads}) in DaViT and "
         f"{PUBLIC_ENCODER_HEAD_DIM} (heads {config.text_config.encoder_attention_heads}) in the encoder, windows of "
-        f"{config.vision_config.window_size} and pictures of {PUBLIC_IMAGE_SIZE} x {PUBLIC_IMAGE_SIZE}. If the tower is "
-        f"another one, give its folder as --vision-tower.",
+        f"{config.vision_config.window_size} and pictures of {PUBLIC_IMAGE_SIZE} x {PUBLIC_IMAGE_SIZE}. If the tower "
+        f"is another one, give its folder as --vision-tower.",
         _assume_source("Nothing here tells the image_feature_source"),
     ]
     return TowerSettings(config, list(PUBLIC_IMAGE_FEATURE_SOURCE), assumptions=assumptions)

@@ -52,7 +52,8 @@ def load_original_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         settings.pop("auto_map", None)
         settings_file.write_text(json.dumps(settings), encoding="utf-8")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(apart)
+            # Training padded on the right; in a batch that generates, answers must start where prompts end.
+            tokenizer = AutoTokenizer.from_pretrained(apart, padding_side="left")
         except Exception as error:
             # Whatever the tokenizer libraries say of damaged files, in one of their many exceptions.
             raise CheckpointError(f"The tokenizer in {folder} cannot be loaded ({error}); fetch it again.") from error
@@ -80,8 +81,8 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> tuple[
     first_free = max(vocabulary.values()) + 1
     if first_free > num_rows:
         raise CheckpointError(
-            f"The tokenizer names {first_free} tokens, but the language model has only {num_rows} rows; the two do not "
-            f"belong together."
+            f"The tokenizer names {first_free} tokens, but the language model has only {num_rows} rows; the two do "
+            f"not belong together."
         )
     image_token_id = first_free
     if first_free < num_rows:
@@ -122,8 +123,6 @@ def build_processor(
         image_mean=tower.image_mean,
         image_std=tower.image_std,
     )
-    # Training padded on the right; in a batch that generates, answers must start where prompts end.
-    tokenizer.padding_side = "left"
     return FlorenceVLProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,

@@ -134,8 +134,8 @@ def _load_pytorch(path: Path) -> dict[str, torch.Tensor]:
         state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path.name} wants to run code when it is loaded ({str(error).splitlines()[0]}); refused. Ask its authors "
-            f"for safetensors."
+            f"{path.name} wants to run code when it is loaded ({str(error).splitlines()[0]}); refused. Ask its "
+            f"authors for safetensors."
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(

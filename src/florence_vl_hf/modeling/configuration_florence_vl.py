@@ -48,7 +48,7 @@ FLORENCE_2_LARGE = {
     },
 }
 
-# Llama-3.1-8B with the rows that a converted checkpoint has: 128256 of Llama, `<pad>`, `<image>`, up to a multiple of 64.
+# Llama-3.1-8B with the rows of a converted checkpoint: 128256 of Llama, `<pad>`, `<image>`, up to a multiple of 64.
 LLAMA_3_1_8B = {
     "model_type": "llama",
     "vocab_size": 128320,
@@ -80,8 +80,8 @@ LLAMA_3_1_8B = {
 class FlorenceVLConfig(PreTrainedConfig):
     r"""
     vision_config (`Florence2Config` or `dict`, *optional*):
-        The whole Florence-2: `vision_config.vision_config` is DaViT, `vision_config.text_config` is BART, of which only
-        the encoder is built. Defaults to Florence-2-large.
+        The whole Florence-2: `vision_config.vision_config` is DaViT, `vision_config.text_config` is BART, of which
+        only the encoder is built. Defaults to Florence-2-large.
     text_config (`PreTrainedConfig` or `dict`, *optional*):
         Any causal language model. A `dict` should name its `model_type`; it defaults to Llama.
     image_token_id (`int`, *optional*, defaults to 128257):
@@ -94,7 +94,7 @@ class FlorenceVLConfig(PreTrainedConfig):
     fusion_strategy (`str`, *optional*, defaults to `"channel"`):
         `channel` concatenates the features along channels, `token` along tokens, `average` takes their mean.
     fusion_features (`list[str]`, *optional*):
-        Which features are fused, in order: `image` (V) and the names of prompts. Defaults to `image`, then all prompts.
+        Which features are fused, in order: `image` (V) and names of prompts. Defaults to `image`, then all prompts.
     prompts (`dict[str, str]`, *optional*):
         The prompts that the vision tower reads the image under, by name. Defaults to the paper's `caption`, `ocr` and
         `grounding`.
@@ -264,14 +264,14 @@ class FlorenceVLConfig(PreTrainedConfig):
             token_ids = self.prompt_token_ids.get(name)
             if not token_ids:
                 raise ValueError(
-                    f"The prompt {name!r} has no token ids; tokenize {self.prompts[name]!r} with Florence-2's tokenizer "
-                    f"and give the result as `prompt_token_ids[{name!r}]`."
+                    f"The prompt {name!r} has no token ids; tokenize {self.prompts[name]!r} with Florence-2's "
+                    f"tokenizer and give the result as `prompt_token_ids[{name!r}]`."
                 )
             if min(token_ids) < 0 or max(token_ids) >= bart.vocab_size:
                 raise ValueError(
-                    f"`prompt_token_ids[{name!r}]` runs from {min(token_ids)} to {max(token_ids)}, but the BART encoder "
-                    f"knows ids 0 to {bart.vocab_size - 1} (`vision_config.text_config.vocab_size`); tokenize the "
-                    f"prompt with the tower's own tokenizer."
+                    f"`prompt_token_ids[{name!r}]` runs from {min(token_ids)} to {max(token_ids)}, but the BART "
+                    f"encoder knows ids 0 to {bart.vocab_size - 1} (`vision_config.text_config.vocab_size`); use the "
+                    f"tower's own tokenizer."
                 )
         longest_prompt = max((len(self.prompt_token_ids[name]) for name in self.fusion_prompts), default=0)
         if longest_prompt and self.num_feature_tokens + longest_prompt > bart.max_position_embeddings:

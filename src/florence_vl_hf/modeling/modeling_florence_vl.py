@@ -48,7 +48,7 @@ class FlorenceVLVisionOutput(ModelOutput):
         DaViT's feature maps, each of shape `(num_images, channels, height, width)`: the input of the first block, then
         the output of each block.
     attentions (`tuple(torch.Tensor)`, *optional*):
-        DaViT's attention weights, window attention then channel attention of each block. Only eager attention has them.
+        DaViT's attention weights, of each block window then channel attention. Only eager attention has them.
     encoder_hidden_states (`tuple(torch.Tensor)`, *optional*):
         BART's hidden states, each of shape `(num_prompts, num_images, sequence_length, hidden_size)`.
     encoder_attentions (`tuple(torch.Tensor)`, *optional*):
@@ -75,7 +75,7 @@ class FlorenceVLImageFeaturesOutput(BaseModelOutputWithPooling):
     hidden_states (`tuple(torch.Tensor)`, *optional*):
         DaViT's feature maps, each of shape `(num_images, channels, height, width)`.
     attentions (`tuple(torch.Tensor)`, *optional*):
-        DaViT's attention weights, window attention then channel attention of each block. Only eager attention has them.
+        DaViT's attention weights, of each block window then channel attention. Only eager attention has them.
     features (`dict[str, torch.Tensor]`):
         The features that were fused, by name and in order (`image`, `caption`, ...), each of shape
         `(num_images, num_feature_tokens, hidden_size)`.
@@ -176,11 +176,11 @@ class FlorenceVLVisionWindowAttention(Florence2VisionWindowAttention):
 
 
 class FlorenceVLVisionChannelAttention(Florence2VisionChannelAttention):
-    """Attention between the channels of each group. As in Florence-2, but safe under every attention implementation."""
+    """Attention between the channels of each group. As in Florence-2, but under every attention implementation."""
 
     def __init__(self, config: Florence2VisionConfig, stage_idx: int) -> None:
         super().__init__(config=config, stage_idx=stage_idx)
-        # A "head dim" here is the number of positions, up to 36864: FlashAttention takes 256, FlexAttention not much more.
+        # A "head dim" here is the number of positions, up to 36864; FlashAttention takes 256.
         self.core = FlorenceVLVisionAttentionCore(config, implementations=("sdpa", "eager"))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

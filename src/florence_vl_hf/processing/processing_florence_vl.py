@@ -44,7 +44,7 @@ class FlorenceVLProcessor(ProcessorMixin):
         super().__init__(_on_pillow(image_processor), tokenizer, chat_template=chat_template)
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
-        """As in Transformers; `chat_template` may also be the name of one of the package's formats, such as `plain`."""
+        """As in Transformers; `chat_template` may also name one of the package's formats, such as `plain`."""
         if chat_template in CHAT_TEMPLATES:
             chat_template = load_chat_template(chat_template, self.tokenizer, self.image_token)
         return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)

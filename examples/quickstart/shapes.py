@@ -1,0 +1,137 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+"""Pictures of coloured shapes, and questions that only somebody who sees them can answer."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from PIL import Image, ImageDraw
+
+
+COLOURS = {
+    "red": (225, 40, 40),
+    "green": (40, 165, 60),
+    "blue": (45, 85, 225),
+    "yellow": (245, 215, 40),
+    "purple": (150, 50, 190),
+    "orange": (250, 135, 20),
+}
+KINDS = ("circle", "square", "triangle", "cross")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One shape. Its centre and its radius are shares of the picture's side, so that any size can be drawn."""
+
+    kind: str
+    colour: str
+    row: int
+    column: int
+    centre: tuple[float, float]
+    radius: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.kind}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One or two shapes, in reading order and of different kinds and colours, on a grey background."""
+
+    shapes: tuple[Shape, ...]
+    background: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a scene and its only right answer."""
+
+    text: str
+    answer: str
+
+
+def random_scene(rng: Random) -> Scene:
+    """Put one or two shapes into the quarters of a picture: two of them beside or above one another."""
+    row, column = rng.randrange(2), rng.randrange(2)
+    quarters = rng.choice(([(row, column)], [(row, 0), (row, 1)], [(0, column), (1, column)]))
+    kinds, colours = rng.sample(KINDS, len(quarters)), rng.sample(list(COLOURS), len(quarters))
+    shapes = tuple(
+        _random_shape(rng, kind, colour, *quarter)
+        for kind, colour, quarter in zip(kinds, colours, quarters, strict=True)
+    )
+    return Scene(shapes, background=rng.randint(190, 255))
+
+
+def _random_shape(rng: Random, kind: str, colour: str, row: int, column: int) -> Shape:
+    radius = rng.uniform(0.14, 0.22)
+    reach = 0.24 - radius
+    x, y = (0.25 + 0.5 * quarter + rng.uniform(-reach, reach) for quarter in (column, row))
+    return Shape(kind, colour, row, column, centre=(x, y), radius=radius)
+
+
+def draw(scene: Scene, size: int) -> Image.Image:
+    """Draw a scene as a square picture of `size` pixels, with smooth edges."""
+    fine_size = 4 * size
+    picture = Image.new("RGB", (fine_size, fine_size), (scene.background,) * 3)
+    pen = ImageDraw.Draw(picture)
+    for shape in scene.shapes:
+        outline = [(x * fine_size, y * fine_size) for x, y in _outline(shape)]
+        pen.polygon(outline, fill=COLOURS[shape.colour])
+    return picture.reduce(4)
+
+
+def _outline(shape: Shape) -> list[tuple[float, float]]:
+    """Corners of a shape. A circle is a polygon of very many."""
+    x, y = shape.centre
+    if shape.kind == "cross":
+        arm = 0.3
+        corners = [(arm, 1), (arm, arm), (1, arm)]
+        quarter_turns = [[(a, b), (b, -a), (-a, -b), (-b, a)] for a, b in corners]
+        points = [turned[turn] for turn in range(4) for turned in quarter_turns]
+    elif shape.kind == "square":
+        points = [(0.85 * a, 0.85 * b) for a, b in ((1, 1), (1, -1), (-1, -1), (-1, 1))]
+    else:
+        num_corners = {"circle": 60, "triangle": 3}[shape.kind]
+        angles = [2 * math.pi * i / num_corners for i in range(num_corners)]
+        points = [(math.sin(angle), -math.cos(angle)) for angle in angles]
+    return [(x + shape.radius * a, y + shape.radius * b) for a, b in points]
+
+
+def describe(scene: Scene, rng: Random) -> Question:
+    """The whole scene: every shape, its colour, and how two of them stand to one another."""
+    names = [f"a {shape.name}" if shape.colour != "orange" else f"an {shape.name}" for shape in scene.shapes]
+    if len(names) == 2:
+        first, second = scene.shapes
+        relation = "left of" if first.row == second.row else "above"
+        names = [f"{names[0]} {relation} {names[1]}"]
+    return Question("What is shown in the image?", names[0].capitalize() + ".")
+
+
+def ask_colour(scene: Scene, rng: Random) -> Question:
+    """The colour of one of the shapes."""
+    shape = rng.choice(scene.shapes)
+    return Question(f"What colour is the {shape.kind}?", shape.colour.capitalize() + ".")
+
+
+def ask_kind(scene: Scene, rng: Random) -> Question:
+    """The kind of the shape of some colour."""
+    shape = rng.choice(scene.shapes)
+    return Question(f"Which shape is {shape.colour}?", f"The {shape.kind}.")
+
+
+def ask_place(scene: Scene, rng: Random) -> Question:
+    """The quarter of the picture that one of the shapes is in."""
+    shape = rng.choice(scene.shapes)
+    return Question(
+        f"Where is the {shape.kind}?", f"At the {('top', 'bottom')[shape.row]} {('left', 'right')[shape.column]}."
+    )
+
+
+QUESTION_TYPES: dict[str, Callable[[Scene, Random], Question]] = {
+    "describe": describe,
+    "colour": ask_colour,
+    "kind": ask_kind,
+    "place": ask_place,
+}

@@ -1,0 +1,164 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+"""Tiny models, and the recordings of the original that they are compared with."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from florence_vl_hf import FlorenceVLConfig, FlorenceVLForConditionalGeneration, FlorenceVLProcessor
+from florence_vl_hf.conversion import convert
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+IMAGE_MARK = -200
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A tiny original checkpoint with random weights, and what the original code computed from it."""
+
+    folder: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint"
+
+    @property
+    def vision_tower(self) -> Path | None:
+        """The tower's folder, where it is not inside the checkpoint."""
+        apart = self.folder / "vision_tower"
+        return apart if apart.is_dir() else None
+
+    @cached_property
+    def reference(self) -> dict[str, Any]:
+        return json.loads((self.folder / "reference.json").read_text(encoding="utf-8"))
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / "reference.safetensors")
+
+    def image_path(self, name: str) -> Path:
+        return self.folder / "images" / name
+
+    def image(self, name: str) -> Image.Image:
+        return Image.open(self.image_path(name))
+
+    def pixel_values(self, names: list[str]) -> torch.Tensor:
+        return self.tensors["pixel_values"][[self.reference["images"].index(name) for name in names]]
+
+    def messages(self, dialog: int, image: str = "odd.jpg") -> list[dict[str, Any]]:
+        """A recorded dialog as messages, with its picture where the first turn had its mark."""
+        messages = []
+        for turn in self.reference["dialogs"][dialog]["conversations"]:
+            content = [{"type": "text", "text": turn["value"].replace("<image>", "")}]
+            if "<image>" in turn["value"]:
+                content.insert(0, {"type": "image", "image": self.image(image)})
+            messages.append({"role": {"human": "user", "gpt": "assistant"}[turn["from"]], "content": content})
+        return messages
+
+
+def collapse(ids: list[int], values: list[int], image_token_id: int) -> list[int]:
+    """`values` with one entry for each run of image tokens among `ids`, as the original counts them."""
+    return [v for i, v in enumerate(values) if i == 0 or not ids[i] == ids[i - 1] == image_token_id]
+
+
+@pytest.fixture(scope="session", params=["llama-small", "phi-small"])
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return Golden(FIXTURES / request.param)
+
+
+@pytest.fixture(scope="session")
+def converted(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden's checkpoint, converted as a user would."""
+    output = tmp_path_factory.mktemp("converted") / golden.folder.name
+    convert(golden.checkpoint, output, vision_tower=golden.vision_tower)
+    return output
+
+
+@pytest.fixture(scope="session")
+def processor(converted: Path) -> FlorenceVLProcessor:
+    return AutoProcessor.from_pretrained(converted)
+
+
+@pytest.fixture(scope="session", params=["eager", "sdpa"])
+def model(request: pytest.FixtureRequest, converted: Path) -> FlorenceVLForConditionalGeneration:
+    return AutoModelForImageTextToText.from_pretrained(
+        converted, attn_implementation=request.param, dtype=torch.float32
+    ).eval()
+
+
+def tiny_config(**changes: Any) -> FlorenceVLConfig:
+    """A configuration whose model is built in no time: 2 x 2 positions and 1 mean, 5 tokens for an image of 64 x 64."""
+    settings: dict[str, Any] = {
+        "vision_config": {
+            "vision_config": {
+                "embed_dim": [16, 16, 32, 32],
+                "num_heads": [2, 2, 4, 4],
+                "num_groups": [2, 2, 4, 4],
+                "depths": [1, 1, 2, 1],
+                "projection_dim": 16,
+                "window_size": 4,
+                "drop_path_rate": 0.0,
+            },
+            "text_config": {
+                "model_type": "bart",
+                "vocab_size": 40,
+                "d_model": 16,
+                "encoder_layers": 2,
+                "encoder_attention_heads": 2,
+                "encoder_ffn_dim": 32,
+                "decoder_layers": 1,
+                "decoder_attention_heads": 2,
+                "decoder_ffn_dim": 32,
+                "max_position_embeddings": 32,
+                "dropout": 0.0,
+            },
+        },
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": 99,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        "image_size": 64,
+        "image_token_id": 98,
+        "prompts": {"caption": "Describe.", "ocr": "Read."},
+        "prompt_token_ids": {"caption": [0, 7, 8, 2], "ocr": [0, 9, 2, 1]},
+    }
+    return FlorenceVLConfig(**{**settings, **changes})
+
+
+def tiny_model(seed: int = 0, **changes: Any) -> FlorenceVLForConditionalGeneration:
+    torch.manual_seed(seed)
+    return FlorenceVLForConditionalGeneration(tiny_config(**changes)).eval()
+
+
+def tiny_inputs(config: FlorenceVLConfig, images_per_row: list[int], text_length: int = 6) -> dict[str, torch.Tensor]:
+    """Left-padded rows with any number of images each, at the front of the row's text."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for num_images in images_per_row:
+        text = torch.randint(3, 90, (text_length,), generator=generator)
+        rows.append(torch.cat([torch.full((num_images * config.num_image_tokens,), config.image_token_id), text]))
+    length = max(len(row) for row in rows)
+    pad = config.text_config.pad_token_id
+    input_ids = torch.stack([torch.cat([torch.full((length - len(row),), pad), row]) for row in rows])
+    inputs = {"input_ids": input_ids, "attention_mask": (input_ids != pad).long()}
+    if sum(images_per_row):
+        shape = (sum(images_per_row), 3, config.image_size, config.image_size)
+        inputs["pixel_values"] = torch.randn(shape, generator=generator)
+    return inputs

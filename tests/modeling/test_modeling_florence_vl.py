@@ -1,0 +1,440 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import (
+    AttentionInterface,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    Florence2ForConditionalGeneration,
+)
+
+from florence_vl_hf import FlorenceVLForConditionalGeneration, FlorenceVLModel
+from florence_vl_hf.conversion.key_mapping import to_converted
+from florence_vl_hf.modeling.modeling_florence_vl import FlorenceVLVisionBlock
+
+from ..conftest import IMAGE_MARK, tiny_config, tiny_inputs, tiny_model
+
+
+def count_calls(module: torch.nn.Module) -> list[tuple[int, ...]]:
+    """The shapes of the first outputs of a module, as it runs from now on."""
+    calls: list[tuple[int, ...]] = []
+    module.register_forward_hook(lambda module, args, output: calls.append(tuple(args[0].shape) if args else ()))
+    return calls
+
+
+def forward_inputs(golden, model, forward) -> dict[str, torch.Tensor]:
+    """A recorded forward of the original, with image tokens where it had one mark."""
+    num_image_tokens, image_token_id = model.config.num_image_tokens, model.config.image_token_id
+    rows, names = [], []
+    for row, ids, mask, labels in zip(
+        forward["rows"], forward["input_ids"], forward["attention_mask"], forward["labels"], strict=True
+    ):
+        spread = []
+        for token in zip(ids, mask, labels, strict=True):
+            spread += [(image_token_id, 1, -100)] * num_image_tokens if token[0] == IMAGE_MARK else [token]
+        rows.append(spread)
+        names += [row["image"]] * ids.count(IMAGE_MARK)
+    length = max(map(len, rows))
+    padded = torch.tensor([row + [(0, 0, -100)] * (length - len(row)) for row in rows])
+    inputs = dict(zip(["input_ids", "attention_mask", "labels"], padded.unbind(-1), strict=True))
+    if names:
+        inputs["pixel_values"] = golden.pixel_values(names)
+    return inputs
+
+
+class TestAgainstTheOriginal:
+    def test_features(self, golden, model):
+        with torch.no_grad():
+            seen = model.get_image_features(golden.tensors["pixel_values"], output_hidden_states=True)
+        davit = seen.hidden_states[-1].flatten(2).transpose(1, 2)
+        prompt_features = torch.cat([seen.features[name] for name in ("caption", "ocr", "grounding")], dim=-1)
+        close = {"rtol": 0, "atol": 1e-4}
+        assert_close(davit, golden.tensors["davit"], rtol=1e-5, atol=1e-4)  # values up to 100
+        assert_close(seen.features["image"], golden.tensors["image_feature"], **close)
+        assert_close(prompt_features, golden.tensors["encoder_last_hidden_state"], **close)
+        assert_close(seen.last_hidden_state, torch.cat([seen.features["image"], prompt_features], dim=-1))
+        assert_close(torch.stack(seen.pooler_output), golden.tensors["projected"], **close)
+
+    def test_logits_loss_and_gradients(self, golden, model):
+        parameters = dict(model.named_parameters())
+        for i, forward in enumerate(golden.reference["forwards"]):
+            inputs = forward_inputs(golden, model, forward)
+            model.zero_grad()
+            output = model(**inputs)
+            output.loss.backward()
+
+            recorded = golden.tensors[f"forward{i}.logits"]
+            read = inputs["attention_mask"].bool()
+            logits = output.logits[..., ::5][..., : recorded.shape[-1]]
+            assert_close(logits[read], recorded[read], rtol=0, atol=2e-3)
+            assert output.loss.item() == pytest.approx(forward["loss"], abs=1e-3)
+            for name, norm in forward["grad_norms"].items():
+                gradient = parameters[to_converted(name).name].grad
+                assert gradient.norm().item() == pytest.approx(norm, rel=1e-2), name
+
+    def test_greedy_tokens(self, golden, model, processor):
+        for generation in golden.reference["generations"]:
+            messages = golden.messages(generation["dialog"], generation["image"])[:1]
+            inputs = processor.apply_chat_template(
+                messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+            output_ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+            assert output_ids[0, inputs["input_ids"].shape[1] :].tolist() == generation["generated_ids"]
+
+
+class TestVisionTower:
+    def test_sees_what_florence_2_sees(self):
+        """Our DaViT, projection and encoder hold the weights of Transformers' Florence-2, and give what it gives."""
+        model = tiny_model()
+        tower = model.model.vision_tower
+        theirs = Florence2ForConditionalGeneration(copy.deepcopy(model.config.vision_config)).eval().model
+        theirs.vision_tower.load_state_dict(tower.backbone.state_dict())
+        theirs.multi_modal_projector.load_state_dict(tower.image_projector.state_dict())
+        theirs.language_model.encoder.load_state_dict(tower.encoder.state_dict())
+        pixel_values = torch.randn(2, 3, 64, 64)
+        with torch.no_grad():
+            image_feature = theirs.get_image_features(pixel_values, return_dict=True).pooler_output
+            prompt = theirs.language_model.encoder.embed_tokens(torch.tensor([[0, 9, 2, 1]] * 2))
+            encoded = theirs.language_model.encoder(inputs_embeds=torch.cat([image_feature, prompt], dim=1))
+            seen = model.get_image_features(pixel_values)
+        assert_close(seen.features["image"], image_feature)
+        assert_close(seen.features["ocr"], encoded.last_hidden_state[:, :5])
+
+    def test_runs_davit_once_and_builds_no_decoder(self):
+        model = tiny_model()
+        calls = count_calls(model.model.vision_tower.backbone)
+        model.get_image_features(torch.randn(3, 3, 64, 64))
+        assert calls == [(3, 3, 64, 64)]
+        assert not [name for name, _ in model.named_modules() if "decoder" in name]
+
+    def test_does_not_run_the_encoder_without_prompts(self):
+        model = tiny_model(fusion_features=["image"])
+        calls = count_calls(model.model.vision_tower.encoder.layernorm_embedding)
+        seen = model.get_image_features(torch.randn(2, 3, 64, 64))
+        assert calls == []
+        assert_close(seen.last_hidden_state, seen.features["image"])
+
+    def test_prompts_in_one_batch_are_read_as_if_alone(self):
+        pixel_values = torch.randn(2, 3, 64, 64)
+        prompt_token_ids = {"caption": [0, 7, 8, 9, 10, 2], "ocr": [0, 9, 2]}  # of different lengths
+        together = tiny_model(prompt_token_ids=prompt_token_ids).get_image_features(pixel_values).features
+        for name in ("caption", "ocr"):
+            alone = tiny_model(prompt_token_ids=prompt_token_ids, fusion_features=["image", name], projector_depth=1)
+            alone.model.vision_tower.load_state_dict(
+                tiny_model(prompt_token_ids=prompt_token_ids).model.vision_tower.state_dict()
+            )
+            assert_close(together[name], alone.get_image_features(pixel_values).features[name])
+
+    def test_padding_of_a_prompt_is_read_unless_masked(self):
+        pixel_values = torch.randn(1, 3, 64, 64)
+        read = tiny_model().get_image_features(pixel_values).features["ocr"]
+        masked = tiny_model(mask_prompt_padding=True).get_image_features(pixel_values).features["ocr"]
+        without = {"caption": [0, 7, 8, 2], "ocr": [0, 9, 2]}
+        trimmed = tiny_model(prompt_token_ids=without).get_image_features(pixel_values).features["ocr"]
+        assert_close(masked, trimmed)
+        assert not torch.allclose(masked, read)
+
+    def test_image_feature_sources_come_in_their_order(self):
+        pixel_values = torch.randn(1, 3, 64, 64)
+        usual = tiny_model().get_image_features(pixel_values).features["image"]
+        turned = tiny_model(image_feature_source=["last_frame", "spatial_avg_pool"])
+        assert_close(turned.get_image_features(pixel_values).features["image"], usual[:, [1, 2, 3, 4, 0]])
+
+    def test_hidden_states_and_attentions_come_when_asked_for(self):
+        model = tiny_model()
+        model.set_attn_implementation("eager")
+        seen = model.get_image_features(torch.randn(2, 3, 64, 64), output_hidden_states=True, output_attentions=True)
+        assert [tuple(state.shape[1:]) for state in seen.hidden_states] == [
+            (16, 16, 16),
+            (16, 16, 16),
+            (16, 8, 8),
+            (32, 4, 4),
+            (32, 4, 4),
+            (32, 2, 2),
+        ]
+        assert len(seen.attentions) == 2 * 5
+        for attention in seen.attentions:
+            assert_close(attention.sum(-1), torch.ones_like(attention.sum(-1)))
+        assert [tuple(state.shape) for state in seen.encoder_hidden_states] == [(2, 2, 9, 16)] * 3
+        assert [tuple(attention.shape) for attention in seen.encoder_attentions] == [(2, 2, 2, 9, 9)] * 2
+        assert model.get_image_features(torch.randn(2, 3, 64, 64)).hidden_states is None
+
+    def test_channel_attention_is_kept_from_implementations_with_a_largest_head(self):
+        shapes = []
+
+        def no_large_heads(module, query, key, value, attention_mask, **kwargs):
+            shapes.append(tuple(query.shape))
+            return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+        AttentionInterface.register("no_large_heads", no_large_heads)
+        model, pixel_values = tiny_model(), torch.randn(1, 3, 64, 64)
+        expected = model.get_image_features(pixel_values).last_hidden_state
+        model.config.vision_config.vision_config._attn_implementation = "no_large_heads"
+        assert_close(model.get_image_features(pixel_values).last_hidden_state, expected)
+        assert len(shapes) == 5  # the window attentions
+        assert {shape[-1] for shape in shapes} == {8}
+
+    def test_wrong_image_size_is_an_error(self):
+        with pytest.raises(ValueError, match=r"\(1, 3, 96, 96\), expected \(num_images, 3, 64, 64\)"):
+            tiny_model().get_image_features(torch.randn(1, 3, 96, 96))
+
+
+class TestFusion:
+    def test_strategies(self):
+        pixel_values = torch.randn(2, 3, 64, 64)
+        channel = tiny_model().get_image_features(pixel_values)
+        features = list(channel.features.values())
+        assert list(channel.features) == ["image", "caption", "ocr"]
+        assert_close(channel.last_hidden_state, torch.cat(features, dim=-1))
+        token = tiny_model(fusion_strategy="token").get_image_features(pixel_values)
+        assert_close(token.last_hidden_state, torch.cat(features, dim=1))
+        average = tiny_model(fusion_strategy="average").get_image_features(pixel_values)
+        assert_close(average.last_hidden_state, sum(features) / 3)
+
+    def test_features_come_in_the_order_of_the_configuration(self):
+        seen = tiny_model(fusion_features=["ocr", "image"]).get_image_features(torch.randn(1, 3, 64, 64))
+        assert list(seen.features) == ["ocr", "image"]
+        assert_close(seen.last_hidden_state, torch.cat([seen.features["ocr"], seen.features["image"]], dim=-1))
+
+    @pytest.mark.parametrize("strategy", ["channel", "token", "average"])
+    def test_every_strategy_answers(self, strategy):
+        model = tiny_model(fusion_strategy=strategy)
+        inputs = tiny_inputs(model.config, [1])
+        pooled = model.get_image_features(inputs["pixel_values"]).pooler_output
+        assert [tuple(image.shape) for image in pooled] == [(model.config.num_image_tokens, 32)]
+        assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+
+
+class TestForward:
+    def test_left_padded_batch_of_any_number_of_images_equals_single_rows(self):
+        model = tiny_model()
+        batch = tiny_inputs(model.config, [1, 0, 2])
+        logits = model(**batch).logits
+        images = iter(batch["pixel_values"].split([1, 0, 2]))
+        for row, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
+            pixel_values = next(images)
+            single = model(
+                input_ids=ids[mask.bool()][None], pixel_values=pixel_values if len(pixel_values) else None
+            ).logits
+            assert_close(logits[row, mask.bool()], single[0], rtol=0, atol=1e-5)
+
+    def test_images_stand_where_their_tokens_are(self):
+        model = tiny_model()
+        inputs = tiny_inputs(model.config, [2])
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        embeds[:, :10] = torch.cat(model.get_image_features(inputs["pixel_values"]).pooler_output)
+        by_hand = model.model.language_model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
+        assert_close(model.model(**inputs).last_hidden_state, by_hand.last_hidden_state)
+
+    def test_embeddings_instead_of_ids(self):
+        model = tiny_model()
+        inputs = tiny_inputs(model.config, [1, 1])
+        logits = model(**inputs).logits
+        embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+        assert_close(model(inputs_embeds=embeds, **inputs).logits, logits)
+
+    def test_images_that_were_encoded_before(self):
+        model = tiny_model()
+        inputs = tiny_inputs(model.config, [1, 2])
+        logits = model(**inputs).logits
+        encoded = {"image": model.get_image_features(inputs["pixel_values"])}
+        with pytest.raises(ValueError, match="both pixel_values and mm_encoder_outputs"):
+            model(**inputs, mm_encoder_outputs=encoded)
+        del inputs["pixel_values"]
+        calls = count_calls(model.model.vision_tower)
+        assert_close(model(**inputs, mm_encoder_outputs=encoded).logits, logits)
+        assert calls == []
+
+    @pytest.mark.parametrize("num_images", [1, 3])
+    def test_as_many_images_as_marks(self, num_images):
+        model = tiny_model()
+        inputs = tiny_inputs(model.config, [2])
+        inputs["pixel_values"] = torch.randn(num_images, 3, 64, 64)
+        message = f"do not match, tokens: 10, features: {5 * num_images}"
+        with pytest.raises(ValueError, match=message):
+            model(**inputs)
+
+    def test_either_ids_or_embeddings(self):
+        with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+            tiny_model()(attention_mask=torch.ones(1, 3))
+
+    def test_logits_to_keep(self):
+        model = tiny_model()
+        inputs = tiny_inputs(model.config, [1])
+        logits = model(**inputs).logits
+        assert_close(model(**inputs, logits_to_keep=2).logits, logits[:, -2:])
+        assert_close(model(**inputs, logits_to_keep=torch.tensor([3, 5])).logits, logits[:, [3, 5]])
+
+    @pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+    def test_attention_implementations_agree(self, implementation):
+        model = tiny_model()
+        inputs = tiny_inputs(model.config, [1, 0, 2])
+        read = inputs["attention_mask"].bool()
+        with torch.no_grad():
+            logits = model(**inputs).logits[read]
+            model.set_attn_implementation(implementation)
+            assert_close(model(**inputs).logits[read], logits, rtol=0, atol=1e-5)
+
+    def test_implementation_per_sub_model(self, tmp_path):
+        tiny_model().save_pretrained(tmp_path)
+        model = AutoModelForImageTextToText.from_pretrained(
+            tmp_path, attn_implementation={"vision_config": "eager", "text_config": "sdpa"}
+        )
+        tower = model.model.vision_tower
+        assert tower.backbone.config._attn_implementation == "eager"
+        assert tower.encoder.config._attn_implementation == "eager"
+        assert model.model.language_model.config._attn_implementation == "sdpa"
+
+    def test_compiles_to_one_graph(self):
+        model = tiny_model()
+        inputs = tiny_inputs(model.config, [1, 1])
+        with torch.no_grad():
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            assert_close(compiled(**inputs).logits, model(**inputs).logits, rtol=0, atol=1e-5)
+
+
+class TestGenerate:
+    def test_cached_decoding_equals_whole_forwards(self):
+        model = tiny_model()
+        inputs = tiny_inputs(model.config, [1, 0])
+        output_ids = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        length = inputs["input_ids"].shape[1]
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        for step in range(6):
+            logits = model(input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"]).logits[:, -1]
+            logits[:, [model.config.image_token_id, 2]] = -torch.inf
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+            mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
+            assert output_ids[:, length + step].tolist() == ids[:, -1].tolist()
+
+    def test_static_cache_and_compilation_give_the_same_tokens(self):
+        model = tiny_model()
+        inputs = tiny_inputs(model.config, [1, 2])
+        settings = {"max_new_tokens": 5, "do_sample": False}
+        expected = model.generate(**inputs, **settings)
+        assert model.generate(**inputs, **settings, cache_implementation="static").equal(expected)
+
+    def test_beams_with_different_numbers_of_images(self):
+        model = tiny_model()
+        inputs = tiny_inputs(model.config, [2, 0, 1])
+        settings = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False}
+        together = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+        images = inputs["pixel_values"].split([2, 0, 1])
+        for row in range(3):
+            ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()][None]
+            pixel_values = {"pixel_values": images[row]} if len(images[row]) else {}
+            alone = model.generate(input_ids=ids, **pixel_values, **settings)[0, ids.shape[1] :]
+            assert together[row][: len(alone)].tolist() == alone.tolist()
+
+    def test_never_says_image(self):
+        model = tiny_model()
+        with torch.no_grad():  # it would say nothing else
+            model.lm_head.weight[:] = 0
+            model.lm_head.weight[model.config.image_token_id] = 100 * model.model.language_model.norm.weight
+        inputs = tiny_inputs(model.config, [1])
+        for settings in ({"do_sample": False}, {"do_sample": True}, {"num_beams": 2}):
+            output_ids = model.generate(**inputs, **settings, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+            assert model.config.image_token_id not in output_ids.tolist()
+
+
+class TestTraining:
+    def test_gradient_checkpointing_recomputes_all_three_parts_to_the_same_gradients(self):
+        inputs = tiny_inputs(tiny_config(), [1, 0, 2])
+        inputs["labels"] = inputs["input_ids"]
+
+        def gradients(checkpointing: bool):
+            model = tiny_model()
+            blocks = [
+                next(m for m in model.modules() if isinstance(m, FlorenceVLVisionBlock)),
+                model.model.vision_tower.encoder.layers[0],
+                model.model.language_model.layers[0],
+            ]
+            inner = [count_calls(b) for b in (blocks[0].channel_block.conv1, blocks[1].fc1, blocks[2].input_layernorm)]
+            if checkpointing:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.train()
+            model(**inputs).loss.backward()
+            return {name: p.grad for name, p in model.named_parameters()}, [len(calls) for calls in inner]
+
+        plain, forwards = gradients(checkpointing=False)
+        recomputed, forwards_recomputed = gradients(checkpointing=True)
+        assert forwards == [1, 1, 1]
+        assert forwards_recomputed == [2, 2, 2]
+        assert_close(recomputed, plain)
+
+    def test_gradients_reach_every_parameter(self):
+        model = tiny_model()
+        inputs = tiny_inputs(model.config, [1, 1])
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+        # A bias of the keys shifts all scores of a softmax alike: its gradient is zero up to rounding.
+        assert {name for name in without if not name.endswith("k_proj.bias")} == set()
+
+
+class TestFolders:
+    def test_auto_classes_load_what_was_saved(self, tmp_path):
+        model = tiny_model()
+        inputs = tiny_inputs(model.config, [1, 2])
+        model.save_pretrained(tmp_path)
+        for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+            loaded = auto_class.from_pretrained(tmp_path)
+            assert type(loaded) is FlorenceVLForConditionalGeneration
+            assert_close(loaded(**inputs).logits, model(**inputs).logits)
+        base = AutoModel.from_pretrained(tmp_path)
+        assert type(base) is FlorenceVLModel
+        assert_close(base(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state)
+
+    def test_bfloat16(self, tmp_path):
+        tiny_model().save_pretrained(tmp_path)
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        assert model(**tiny_inputs(model.config, [1])).logits.dtype == torch.bfloat16
+
+    def test_tied_head(self, tmp_path):
+        text_config = {**tiny_config().text_config.to_dict(), "tie_word_embeddings": True}
+        model = tiny_model(text_config=text_config)
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+        assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+
+    def test_offloaded_to_disk(self, tmp_path):
+        model = tiny_model()
+        inputs = tiny_inputs(model.config, [1, 1])
+        model.save_pretrained(tmp_path / "model")
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            tmp_path / "model", device_map="auto", max_memory={"cpu": 250_000}, offload_folder=tmp_path / "offload"
+        )
+        assert set(loaded.hf_device_map.values()) == {"cpu", "disk"}
+        assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
+    def test_resized_vocabulary(self):
+        model = tiny_model()
+        model.resize_token_embeddings(120)
+        assert model.config.text_config.vocab_size == 120
+        assert model(**tiny_inputs(model.config, [1])).logits.shape[-1] == 120
+
+
+class TestPlans:
+    def test_tensor_parallel_plan_reaches_the_language_model_and_the_head(self):
+        plan = tiny_model().tp_plan
+        assert plan["lm_head"] == "colwise_gather_output"
+        assert plan["model.language_model.layers.*.self_attn.q_proj"] == "colwise"
+        assert not [name for name in plan if "vision_tower" in name]
+
+    def test_blocks_of_all_three_parts_stay_whole(self):
+        no_split = set(tiny_model()._no_split_modules)
+        assert {"FlorenceVLVisionBlock", "FlorenceVLImageProjection", "BartEncoderLayer", "LlamaDecoderLayer"} <= no_split
+
+    def test_names_that_the_ecosystem_looks_for(self):
+        model = tiny_model()
+        assert model.get_encoder("image") is model.model.vision_tower
+        assert model.get_decoder() is model.model.language_model
+        assert model.get_input_embeddings() is model.model.language_model.embed_tokens
+        assert model.get_output_embeddings() is model.lm_head
+        assert model.base_model is model.model
+        assert model.model.multi_modal_projector is not None

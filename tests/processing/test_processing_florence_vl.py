@@ -1,0 +1,208 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from torch.testing import assert_close
+from transformers import AutoProcessor, LlavaImageProcessorPil
+
+from florence_vl_hf import FlorenceVLProcessor
+from florence_vl_hf.processing import CHAT_TEMPLATES, load_chat_template
+
+from ..conftest import IMAGE_MARK, collapse
+
+
+def with_marks(ids: list[int], processor: FlorenceVLProcessor) -> list[int]:
+    """Token ids as the original records them: one mark for each image."""
+    marked = [IMAGE_MARK if token == processor.image_token_id else token for token in ids]
+    return collapse(ids, marked, processor.image_token_id)
+
+
+class TestAgainstTheOriginal:
+    def test_pixel_values(self, golden, processor):
+        images = [golden.image(name) for name in golden.reference["images"]]
+        pixel_values = processor.image_processor(images, return_tensors="pt").pixel_values
+        difference = (pixel_values - golden.tensors["pixel_values"]).abs()
+        assert (difference <= 1e-6).float().mean() >= 0.999
+        assert difference.max() <= 1 / 255 / min(processor.image_processor.image_std) + 1e-6
+
+    def test_token_ids_of_dialogs(self, golden, processor):
+        for number, dialog in enumerate(golden.reference["dialogs"]):
+            messages = golden.messages(number)
+            whole = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+            assert with_marks(whole["input_ids"][0], processor) == dialog["train_input_ids"]
+            prompt = processor.apply_chat_template(
+                messages[:-1], tokenize=True, return_dict=True, add_generation_prompt=True
+            )
+            assert with_marks(prompt["input_ids"][0], processor) == dialog["chat_input_ids"]
+
+    def test_assistant_mask_is_the_labels(self, golden, processor):
+        num_sound = 0
+        for number, dialog in enumerate(golden.reference["dialogs"]):
+            inputs = processor.apply_chat_template(
+                golden.messages(number), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+            ids, mask = inputs["input_ids"][0], inputs["assistant_masks"][0]
+            labels = [token if said else -100 for token, said in zip(ids, mask, strict=True)]
+            labels = collapse(ids, labels, processor.image_token_id)
+            if set(dialog["train_labels"]) == {-100}:
+                # The original gave up on this sample; every round is trained here.
+                rounds = sum(turn["from"] == "gpt" for turn in dialog["conversations"])
+                starts = [i for i in range(1, len(labels)) if labels[i] != -100 and labels[i - 1] == -100]
+                assert len(starts) == rounds
+            else:
+                assert labels == dialog["train_labels"]
+                num_sound += 1
+        assert num_sound >= 5
+
+    def test_plain(self, golden, processor):
+        for sample in golden.reference["plain"]:
+            messages = [
+                {"role": "user", "content": [{"type": "image", "image": golden.image("odd.jpg")}]},
+                {"role": "assistant", "content": [{"type": "text", "text": sample["caption"]}]},
+            ]
+            inputs = processor.apply_chat_template(
+                messages,
+                chat_template="plain",
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+            )
+            ids, mask = inputs["input_ids"][0], inputs["assistant_masks"][0]
+            assert with_marks(ids, processor) == sample["train_input_ids"]
+            labels = [token if said else -100 for token, said in zip(ids, mask, strict=True)]
+            assert collapse(ids, labels, processor.image_token_id) == sample["train_labels"]
+
+
+class TestChatTemplates:
+    def test_marks_in_text_are_the_same_as_image_items(self, golden, processor):
+        items = golden.messages(2)[:1]
+        text = golden.reference["dialogs"][2]["conversations"][0]["value"]
+        assert "<image>" in text[1:]
+        as_string = [{"role": "user", "content": text}]
+        assert processor.apply_chat_template(as_string) == processor.apply_chat_template(items)
+
+    def test_several_images_of_a_turn_stand_first_a_line_each(self, processor):
+        content = [{"type": "text", "text": "Compare "}, {"type": "image"}, {"type": "image"}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}])
+        lines = prompt[prompt.index("<image>") :].split("\n")
+        assert [line.strip() for line in lines[:2]] == ["<image>", "<image>"]
+        assert lines[2].startswith("Compare")
+
+    def test_system_message_takes_the_place_of_the_default(self, processor):
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+        prompt = processor.apply_chat_template(messages)
+        assert "Be brief." in prompt
+        assert "assistant gives helpful" not in prompt and "You are a helpful" not in prompt
+
+    @pytest.mark.parametrize("name", CHAT_TEMPLATES)
+    def test_every_format_marks_what_the_assistant_said(self, name, processor):
+        messages = [
+            {"role": "user", "content": "One?"},
+            {"role": "assistant", "content": "Two."},
+            {"role": "user", "content": "Three?"},
+            {"role": "assistant", "content": "Four."},
+        ]
+        inputs = processor.apply_chat_template(
+            messages, chat_template=name, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        said = [
+            token for token, mask in zip(inputs["input_ids"][0], inputs["assistant_masks"][0], strict=True) if mask
+        ]
+        text = processor.decode(said)
+        end = {"llama3": "<|eot_id|>", "phi3": "<|end|>", "vicuna": "</s>", "plain": "\n"}[name]
+        assert text.replace(" ", "").replace("\n", "") == f"Two.{end}Four.{end}".replace("\n", "")
+
+    def test_vicuna_format(self, processor):
+        messages = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}] * 2
+        prompt = processor.apply_chat_template(messages[:3], chat_template="vicuna", add_generation_prompt=True)
+        assert prompt.endswith("'s questions. USER: Hi. ASSISTANT: Hello.</s>USER: Hi. ASSISTANT:")
+
+    @pytest.mark.parametrize(
+        ("messages", "error"),
+        [
+            ([{"role": "tool", "content": "42"}], "Got a turn of tool"),
+            ([{"role": "user", "content": [{"type": "audio", "path": "a.wav"}]}], "Got content of type audio"),
+        ],
+    )
+    def test_what_the_model_cannot_read_is_an_error(self, messages, error, processor):
+        with pytest.raises(Exception, match=error):
+            processor.apply_chat_template(messages)
+
+    def test_unknown_format_is_an_error(self, processor):
+        with pytest.raises(ValueError, match="choose one of llama3, phi3, plain, vicuna"):
+            load_chat_template("chatml", processor.tokenizer)
+
+
+class TestImageTokens:
+    def test_processor_and_model_agree(self, processor, model):
+        assert processor.num_image_tokens == model.config.num_image_tokens
+        assert processor.image_token_id == model.config.image_token_id
+        features = model.get_image_features(torch.zeros(1, 3, model.config.image_size, model.config.image_size))
+        assert len(features.pooler_output[0]) == processor.num_image_tokens
+
+    @pytest.mark.parametrize(("text", "num_images"), [("<image>", 2), ("<image><image>", 1), ("Hi", 1), ("<image>", 0)])
+    def test_as_many_images_as_marks(self, text, num_images, processor):
+        images = [Image.new("RGB", (8, 8))] * num_images or None
+        with pytest.raises(ValueError, match=f"Got {num_images} images, but {text.count('<image>')} '<image>' marks"):
+            processor(images=images, text=text)
+
+    def test_rows_with_none_one_and_two_images(self, processor):
+        image = Image.new("RGB", (30, 20))
+        text = ["Hi", "<image>What?", "<image><image>Both?"]
+        inputs = processor(images=[[], [image], [image, image]], text=text, padding=True, return_tensors="pt")
+        counts = (inputs["input_ids"] == processor.image_token_id).sum(-1)
+        assert counts.tolist() == [0, processor.num_image_tokens, 2 * processor.num_image_tokens]
+        assert inputs["pixel_values"].shape[0] == 3
+        assert inputs["attention_mask"][0, 0] == 0  # padded on the left
+
+    @pytest.mark.parametrize("size", [(1, 1), (10_000, 10_000), (7, 3000)])
+    def test_serving_engines_are_told_the_real_number(self, size, processor):
+        told = processor._get_num_multimodal_tokens(image_sizes=[size, (5, 5)])
+        assert told["num_image_tokens"] == [processor.num_image_tokens] * 2
+        assert told["num_image_patches"] == [1, 1]
+        if max(size) < 10_000:
+            image = Image.fromarray(np.zeros((*size, 3), np.uint8))
+            ids = processor(images=image, text="<image>")["input_ids"][0]
+            assert ids.count(processor.image_token_id) == processor.num_image_tokens
+
+    def test_mm_token_type_ids(self, processor):
+        image = Image.new("RGB", (8, 8))
+        inputs = processor(images=image, text="A<image>B", return_mm_token_type_ids=True)
+        types = [int(token == processor.image_token_id) for token in inputs["input_ids"][0]]
+        assert inputs["mm_token_type_ids"][0] == types
+
+    def test_truncating_an_image_is_an_error(self, converted):
+        processor = AutoProcessor.from_pretrained(converted)  # its own: tokenizers remember how they truncated last
+        with pytest.raises(ValueError, match="truncation"):
+            processor(images=Image.new("RGB", (8, 8)), text="<image>Hi", truncation=True, max_length=5)
+
+
+class TestFolders:
+    def test_auto_processor_gives_ours_with_the_pillow_backend(self, converted):
+        processor = AutoProcessor.from_pretrained(converted)
+        assert type(processor) is FlorenceVLProcessor
+        assert type(processor.image_processor) is LlavaImageProcessorPil
+
+    def test_round_trip(self, processor, golden, tmp_path):
+        processor.save_pretrained(tmp_path)
+        loaded = AutoProcessor.from_pretrained(tmp_path)
+        assert loaded.to_dict() == processor.to_dict()
+        messages = golden.messages(0)
+        kwargs = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        expected = processor.apply_chat_template(messages, **kwargs)
+        assert_close(dict(loaded.apply_chat_template(messages, **kwargs)), dict(expected))
+
+    def test_torchvision_gives_way_to_pillow(self, processor, monkeypatch):
+        # Where torchvision is installed, the class of this name is another one, whose pixels differ.
+        with_torchvision = type("LlavaImageProcessor", (LlavaImageProcessorPil,), {})
+        monkeypatch.setattr(transformers, "LlavaImageProcessor", with_torchvision)
+        image_processor = with_torchvision(**processor.image_processor.to_dict())
+        pinned = FlorenceVLProcessor(image_processor, processor.tokenizer, processor.num_image_tokens)
+        assert type(pinned.image_processor) is LlavaImageProcessorPil
+        assert pinned.image_processor.size == processor.image_processor.size
+
+    def test_tokenizer_without_the_image_token_is_an_error(self, processor):
+        with pytest.raises(ValueError, match="does not know '<picture>'"):
+            FlorenceVLProcessor(processor.image_processor, processor.tokenizer, image_token="<picture>")
