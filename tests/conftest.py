@@ -96,7 +96,7 @@ def model(request: pytest.FixtureRequest, converted: Path) -> FlorenceVLForCondi
 
 
 def tiny_config(**changes: Any) -> FlorenceVLConfig:
-    """A configuration whose model is built in no time: 2 x 2 positions and 1 mean, 5 tokens for an image of 64 x 64."""
+    """A configuration whose model is built in no time: 5 tokens (2 x 2 positions and their mean) per 64 x 64 image."""
     settings: dict[str, Any] = {
         "vision_config": {
             "vision_config": {

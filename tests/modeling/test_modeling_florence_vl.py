@@ -428,7 +428,12 @@ class TestPlans:
 
     def test_blocks_of_all_three_parts_stay_whole(self):
         no_split = set(tiny_model()._no_split_modules)
-        assert {"FlorenceVLVisionBlock", "FlorenceVLImageProjection", "BartEncoderLayer", "LlamaDecoderLayer"} <= no_split
+        assert {
+            "FlorenceVLVisionBlock",
+            "FlorenceVLImageProjection",
+            "BartEncoderLayer",
+            "LlamaDecoderLayer",
+        } <= no_split
 
     def test_names_that_the_ecosystem_looks_for(self):
         model = tiny_model()

@@ -142,7 +142,9 @@ class TestImageTokens:
         features = model.get_image_features(torch.zeros(1, 3, model.config.image_size, model.config.image_size))
         assert len(features.pooler_output[0]) == processor.num_image_tokens
 
-    @pytest.mark.parametrize(("text", "num_images"), [("<image>", 2), ("<image><image>", 1), ("Hi", 1), ("<image>", 0)])
+    @pytest.mark.parametrize(
+        ("text", "num_images"), [("<image>", 2), ("<image><image>", 1), ("Hi", 1), ("<image>", 0)]
+    )
     def test_as_many_images_as_marks(self, text, num_images, processor):
         images = [Image.new("RGB", (8, 8))] * num_images or None
         with pytest.raises(ValueError, match=f"Got {num_images} images, but {text.count('<image>')} '<image>' marks"):
