@@ -14,11 +14,15 @@ def ask(golden, *names: str) -> list[dict]:
 
 
 def test_chats_alone_and_batched_with_several_pictures(pipe, golden):
-    chats = [ask(golden, "odd.jpg"), ask(golden, "tall.png", "wide.png"), ask(golden)]
+    chats = [ask(golden, "odd.jpg"), ask(golden, "tall.png", "wide.png"), ask(golden, "alpha.png")]
     settings = {"max_new_tokens": 5}
     alone = [pipe(text=chat, **settings) for chat in chats]
     batched = pipe(text=chats, batch_size=3, **settings)
     assert [result[0]["generated_text"] for result in batched] == [result[0]["generated_text"] for result in alone]
+
+
+def test_chat_without_pictures(pipe, golden):
+    assert pipe(text=ask(golden), max_new_tokens=5)[0]["generated_text"]
 
 
 def test_prompt_with_marks(pipe, golden):
