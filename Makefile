@@ -1,0 +1,38 @@
+# Each target makes its own virtual environment and installs what it needs.
+PYTHON ?= python3
+VENV := .venv
+VENV_OLDEST := .venv-oldest
+
+.PHONY: test test-oldest quickstart check style clean
+
+test: $(VENV)/installed check
+	$(VENV)/bin/python -m pytest -n 2
+
+# The oldest supported Transformers, which serving engines pin; all else as in `test`.
+test-oldest: $(VENV_OLDEST)/installed
+	$(VENV_OLDEST)/bin/python -m pytest -n 2
+
+quickstart: $(VENV)/installed
+	$(VENV)/bin/python examples/quickstart/quickstart.py --output quickstart-output
+
+check: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+style: $(VENV)/installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) $(VENV_OLDEST) quickstart-output
+
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --progress-bar off -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV_OLDEST)/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_OLDEST)
+	grep -v '^transformers==' constraints.txt > $(VENV_OLDEST)/constraints.txt
+	$(VENV_OLDEST)/bin/python -m pip install --progress-bar off -c $(VENV_OLDEST)/constraints.txt 'transformers==5.19.0' -e '.[test]'
+	touch $@
