@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, GenerationConfig
 
 from florence_vl_hf.conversion import CheckpointError, convert, plan_conversion
 from florence_vl_hf.conversion.key_mapping import to_converted
@@ -215,6 +215,24 @@ class TestTower:
 def _listed(config: Any, name: str) -> Any:
     value = getattr(config, name)
     return value if isinstance(value, list | tuple) else [value]
+
+
+class TestGenerationConfig:
+    def test_sampling_flags_without_effect_are_dropped(self, llama_copy, tmp_path):
+        """As in Vicuna's generation_config.json, which Transformers loads but does not save."""
+        settings = {"_from_model_config": True, "temperature": 0.9, "top_p": 0.6, "eos_token_id": 474}
+        (llama_copy / "generation_config.json").write_text(json.dumps(settings))
+        convert(llama_copy, tmp_path / "out", LLAMA.vision_tower)
+        generation_config = GenerationConfig.from_pretrained(tmp_path / "out")
+        assert generation_config.eos_token_id == 474 and generation_config.pad_token_id == 481
+        assert not generation_config.do_sample and generation_config.temperature in (None, 1.0)
+
+    def test_sampling_that_was_asked_for_is_kept(self, llama_copy, tmp_path):
+        settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+        (llama_copy / "generation_config.json").write_text(json.dumps(settings))
+        convert(llama_copy, tmp_path / "out", LLAMA.vision_tower)
+        generation_config = GenerationConfig.from_pretrained(tmp_path / "out")
+        assert (generation_config.do_sample, generation_config.temperature) == (True, 0.6)
 
 
 class TestPictures:

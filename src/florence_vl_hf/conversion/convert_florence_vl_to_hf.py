@@ -38,6 +38,9 @@ TOWER_CONFIG_FILES = ["config.json", "preprocessor_config.json"]
 # The tables that have a row per token, to which `<image>` may add rows.
 TABLES_OF_WORDS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 
+# What of a generation_config.json only counts when it says `do_sample`.
+SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
 
 @dataclass
 class ConversionPlan:
@@ -192,6 +195,9 @@ def _some(names: list[str], limit: int = 5) -> str:
 def _generation_config(source: Path, config: FlorenceVLConfig, num_original_rows: int) -> GenerationConfig:
     path = source / "generation_config.json"
     settings: dict[str, Any] = read_json(path) if path.is_file() else {}
+    # Flags without effect, which older versions of Transformers let pass and newer ones refuse to save.
+    without_effect = () if settings.get("do_sample") else SAMPLING_FLAGS
+    settings = {k: v for k, v in settings.items() if k not in without_effect and not k.startswith("_")}
     generation_config = GenerationConfig(**settings)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(generation_config, name) is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, Florence2Config, PreTrainedConfig
+from transformers import CONFIG_MAPPING, Florence2Config, PreTrainedConfig
 
 from ..modeling import FlorenceVLConfig
 from .errors import CheckpointError
@@ -115,7 +115,7 @@ def tower_settings_from_folder(folder: Path) -> TowerSettings:
     if "dim_embed" in davit:
         config = Florence2Config(vision_config=_davit_from_first_release(davit, folder), text_config=_bart(bart))
     else:
-        config = AutoConfig.from_pretrained(folder)
+        config = Florence2Config.from_dict(raw)
     settings = TowerSettings(config, image_feature_source=davit.get("image_feature_source"))
     if settings.image_feature_source is None:
         settings.image_feature_source = list(PUBLIC_IMAGE_FEATURE_SOURCE)
