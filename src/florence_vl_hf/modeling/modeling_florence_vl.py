@@ -301,8 +301,9 @@ class FlorenceVLVisionTower(Florence2PreTrainedModel):
     # Not Florence-2's: the decoder and its ties are never built.
     _tied_weights_keys = None
 
-    def __init__(self, config: Florence2Config, image_feature_source: list[str]) -> None:
+    def __init__(self, config: Florence2Config, image_feature_source: list[str], image_size: int) -> None:
         super().__init__(config)
+        self.image_shape = (config.vision_config.in_channels, image_size, image_size)
         self.backbone = FlorenceVLVisionBackbone(config.vision_config)
         self.image_projector = FlorenceVLImageProjection(config, image_feature_source)
         self.encoder = BartEncoder(config.text_config)
@@ -329,6 +330,13 @@ class FlorenceVLVisionTower(Florence2PreTrainedModel):
         prompt_mask (`torch.Tensor` of shape `(num_prompts, prompt_length)`, *optional*):
             1 where a prompt's token is attended to, 0 where it is hidden.
         """
+        # Here, so that an exported tower knows height and width: with symbols for them, its export takes minutes.
+        if tuple(pixel_values.shape[1:]) != self.image_shape:
+            raise ValueError(
+                f"Got `pixel_values` of shape {tuple(pixel_values.shape)}, expected (num_images, "
+                f"{', '.join(map(str, self.image_shape))}); let `FlorenceVLProcessor` make them, or change "
+                f"`config.image_size`."
+            )
         davit = self.backbone(pixel_values, return_dict=True, **kwargs)
         image_feature = self.image_projector(davit.last_hidden_state)  # (num_images, num_feature_tokens, hidden_size)
         output = FlorenceVLVisionOutput(
@@ -426,7 +434,7 @@ class FlorenceVLPreTrainedModel(PreTrainedModel):
 class FlorenceVLModel(FlorenceVLPreTrainedModel):
     def __init__(self, config: FlorenceVLConfig) -> None:
         super().__init__(config)
-        self.vision_tower = FlorenceVLVisionTower(config.vision_config, config.image_feature_source)
+        self.vision_tower = FlorenceVLVisionTower(config.vision_config, config.image_feature_source, config.image_size)
         self.prompts = FlorenceVLPrompts(config)
         self.fusion = FlorenceVLFusion(config)
         self.multi_modal_projector = FlorenceVLMultiModalProjector(config)
@@ -442,12 +450,6 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         pixel_values (`torch.Tensor` of shape `(num_images, 3, image_size, image_size)`):
             Normalised images.
         """
-        if tuple(pixel_values.shape[1:]) != self._image_shape:
-            raise ValueError(
-                f"Got `pixel_values` of shape {tuple(pixel_values.shape)}, expected (num_images, "
-                f"{', '.join(map(str, self._image_shape))}); let `FlorenceVLProcessor` make them, or change "
-                f"`config.image_size`."
-            )
         for recorded in ("output_hidden_states", "output_attentions"):
             kwargs.setdefault(recorded, getattr(self.config, recorded))
 
@@ -469,11 +471,6 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             encoder_hidden_states=seen.encoder_hidden_states,
             encoder_attentions=seen.encoder_attentions,
         )
-
-    @property
-    def _image_shape(self) -> tuple[int, int, int]:
-        davit = self.config.vision_config.vision_config
-        return davit.in_channels, self.config.image_size, self.config.image_size
 
     def get_placeholder_mask(
         self,
