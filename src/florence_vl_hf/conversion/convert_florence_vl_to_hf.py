@@ -16,22 +16,13 @@ from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
 from .errors import CheckpointError
 from .key_mapping import ORIGINAL_TOWER, to_converted, to_original
-from .original_config import (
-    TowerSettings,
-    check_is_florence_vl,
-    text_config_from_original,
-    tower_settings_from_folder,
-    tower_settings_from_tensors,
-)
-from .original_processor import add_image_token, build_processor, load_original_tokenizer
+from .original_model import read_original_model, tower_folder
 from .output_folder import TensorToWrite, check_disk_space, folder_in_place_when_complete, write_weights
 from .stored_tensors import StoredTensor, find_tensors, read_json
 
 
 logger = logging.get_logger(__name__)
 
-# Where an original checkpoint keeps its tower after pretraining, beside the shards.
-TOWER_FOLDER = "vision_tower"
 # Files of a Hub repository that a conversion reads.
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
 TOWER_CONFIG_FILES = ["config.json", "preprocessor_config.json"]
@@ -74,58 +65,23 @@ def plan_conversion(
     Raises:
         CheckpointError: If anything is missing, unexpected, misshapen or damaged. The message names file and tensor.
     """
-    original = read_json(source / "config.json")
     stored = find_tensors(source)
-    check_is_florence_vl(original, stored, str(source))
-    if vision_tower is None and (source / TOWER_FOLDER / "config.json").is_file():
-        vision_tower = source / TOWER_FOLDER
     if not stored:
         raise CheckpointError(f"{source} holds no weights; fetch its model-*.safetensors or pytorch_model-*.bin.")
-    if vision_tower is not None and not any(name.startswith(ORIGINAL_TOWER) for name in stored):
-        stored |= {ORIGINAL_TOWER + name: tensor for name, tensor in find_tensors(vision_tower).items()}
+    tower = tower_folder(source, vision_tower)
+    if tower is not None and not any(name.startswith(ORIGINAL_TOWER) for name in stored):
+        stored |= {ORIGINAL_TOWER + name: tensor for name, tensor in find_tensors(tower).items()}
+    model = read_original_model(source, vision_tower, image_feature_source, stored)
 
-    tower = _tower_settings(vision_tower, stored, image_feature_source)
-    tokenizer = load_original_tokenizer(source)
-    text_config = text_config_from_original(original)
-    num_original_rows = text_config.vocab_size
-    image_token_id, text_config.vocab_size = add_image_token(tokenizer, num_original_rows)
-    try:
-        config = FlorenceVLConfig(
-            vision_config=tower.config,
-            text_config=text_config,
-            image_token_id=image_token_id,
-            image_size=tower.image_size,
-            image_feature_source=tower.image_feature_source,
-            projector_depth=int(original["mm_projector_type"].removeprefix("mlp").removesuffix("x_gelu")),
-            projector_hidden_act="gelu",
-        )
-    except ValueError as error:
-        raise CheckpointError(f"The configuration of {source} contradicts itself: {error}") from error
-    config.architectures = [FlorenceVLForConditionalGeneration.__name__]
-
-    tensors = _plan_tensors(config, stored, num_original_rows, dtype)
-    config.dtype = tensors[TABLES_OF_WORDS[0]].dtype
+    tensors = _plan_tensors(model.config, stored, model.num_original_rows, dtype)
+    model.config.dtype = tensors[TABLES_OF_WORDS[0]].dtype
     return ConversionPlan(
-        config=config,
-        processor=build_processor(original, tower, tokenizer, config.num_image_tokens, chat_template),
-        generation_config=_generation_config(source, config, num_original_rows),
+        config=model.config,
+        processor=model.build_processor(chat_template),
+        generation_config=_generation_config(source, model.config, model.num_original_rows),
         tensors=tensors,
-        assumptions=tower.assumptions,
+        assumptions=model.tower.assumptions,
     )
-
-
-def _tower_settings(
-    vision_tower: Path | None, stored: dict[str, StoredTensor], image_feature_source: list[str] | None
-) -> TowerSettings:
-    if vision_tower is not None:
-        tower = tower_settings_from_folder(vision_tower)
-    else:
-        of_tower = {name.removeprefix(ORIGINAL_TOWER): tensor for name, tensor in stored.items()}
-        tower = tower_settings_from_tensors(of_tower)
-    if image_feature_source is not None:
-        tower.image_feature_source = image_feature_source
-        tower.assumptions = [assumed for assumed in tower.assumptions if "--image-feature-source" not in assumed]
-    return tower
 
 
 def _plan_tensors(
