@@ -42,6 +42,16 @@ class TestConvert:
         assert "There is no config.json of the vision tower" in result.stderr
         assert "577 tokens" in result.stderr
 
+    def test_from_the_hub_says_how_to_compare_with_the_original(self, tmp_path, monkeypatch, capfd):
+        downloaded = "florence_vl_hf.conversion.convert_florence_vl_to_hf.snapshot_download"
+        monkeypatch.setattr(downloaded, lambda *_, **__: str(LLAMA / "checkpoint"))
+        output, arguments = tmp_path / "out", ["--vision-tower", LLAMA / "vision_tower"]
+        assert status("convert", "jiuhai/florence-vl-8b-sft", output, *arguments) == 0
+        record, verify = capfd.readouterr().out.strip().split("\n")[-2:]
+        assert "tools/record_reference.py --checkpoint jiuhai/florence-vl-8b-sft" in record
+        file = record.split()[-1]
+        assert verify.strip() == f"florence-vl verify {output} --reference {file}" and file.endswith(".safetensors")
+
     @pytest.mark.parametrize("source", ["last_frame", "spatial_avg_pool,last_frame"])
     def test_image_feature_source(self, source, tmp_path, capfd):
         arguments = ["--vision-tower", LLAMA / "vision_tower", "--image-feature-source", source]

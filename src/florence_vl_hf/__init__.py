@@ -9,6 +9,7 @@ from transformers import (
     AutoProcessor,
 )
 
+from .conversion.direct_loading import register_original_checkpoints
 from .modeling import (
     FlorenceVLConfig,
     FlorenceVLForConditionalGeneration,
@@ -23,6 +24,8 @@ AutoModel.register(FlorenceVLConfig, FlorenceVLModel)
 AutoModelForImageTextToText.register(FlorenceVLConfig, FlorenceVLForConditionalGeneration)
 AutoModelForMultimodalLM.register(FlorenceVLConfig, FlorenceVLForConditionalGeneration)
 AutoProcessor.register(FlorenceVLConfig, FlorenceVLProcessor)
+
+register_original_checkpoints()
 
 __all__ = [
     "FlorenceVLConfig",

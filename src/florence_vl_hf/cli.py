@@ -3,9 +3,13 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+
+if TYPE_CHECKING:
+    import torch
 
 
 app = typer.Typer(
@@ -46,29 +50,137 @@ def convert(
         str | None, typer.Option(help="llama3, phi3, vicuna or plain. By default, the one that fits the checkpoint.")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Size of a file of weights at most.")] = "5GB",
+    base: Annotated[
+        str | None,
+        typer.Option(help="Where SOURCE holds a projector or LoRA alone: the model that it is put onto."),
+    ] = None,
 ) -> None:
     """Convert an original checkpoint into a folder that Transformers loads."""
-    import torch
-
     from .conversion import convert as convert_checkpoint
+    from .conversion.model_card import hub_id_of, verify_commands
 
-    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if dtype is not None and dtype not in dtypes:
-        raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(dtypes)}.", param_hint="--dtype")
-    sources = [source for sources in image_feature_source or [] for source in sources.replace(",", " ").split()]
     plan = convert_checkpoint(
         source,
         output,
         vision_tower=vision_tower,
-        image_feature_source=sources or None,
-        dtype=dtypes.get(dtype),
+        image_feature_source=_split(image_feature_source),
+        dtype=_dtype(dtype),
+        chat_template=chat_template,
+        max_shard_size=max_shard_size,
+        base=base,
+    )
+    typer.echo(
+        f"Wrote {output}: {plan.config.text_config.model_type}, {plan.num_parameters / 1e6:,.1f} million parameters, "
+        f"{plan.config.num_image_tokens} tokens per image of {plan.config.image_size} x {plan.config.image_size}."
+    )
+    if base is None and hub_id_of(source):
+        typer.echo("To compare it with the original code, run the first line where that code is, the second here:")
+        for command in verify_commands(source, output):
+            typer.echo(f"  {command}")
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="Folder or Hub id of a converted or trained model.", metavar="DIR")],
+    output: Annotated[
+        Path, typer.Argument(help="Folder to make. It appears when it is complete.", metavar="ORIGINAL_DIR")
+    ],
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR_OR_ID",
+            help="A Florence-2 of the same size, for the tensors of its decoder, which the original builds and does "
+            "not use. Without, it starts them at random.",
+        ),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Size of a file of weights at most.")] = "5GB",
+) -> None:
+    """Turn a model back into a checkpoint that the original code loads."""
+    from .conversion import export as export_model
+
+    plan = export_model(source, output, vision_tower=vision_tower, max_shard_size=max_shard_size)
+    original = plan.files["config.json"]
+    typer.echo(f"Wrote {output}: {original['model_type']}, {len(plan.tensors)} tensors of {original['torch_dtype']}.")
+
+
+@app.command()
+def assemble(
+    vision_tower: Annotated[
+        str,
+        typer.Option(
+            help="Folder or Hub id of a Florence-2, such as microsoft/Florence-2-large-ft or "
+            "florence-community/Florence-2-large-ft."
+        ),
+    ],
+    llm: Annotated[
+        str,
+        typer.Option(help="Folder or Hub id of a causal language model, such as microsoft/Phi-3.5-mini-instruct."),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to make. It appears when it is complete.")],
+    fusion: Annotated[
+        Literal["channel", "token", "average"], typer.Option(help="How features are joined.")
+    ] = "channel",
+    features: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What is joined, in order: image (what the tower sees before any prompt) and names of prompts, "
+            "separated by commas. By default, image and all prompts."
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar='NAME="TEXT"',
+            help="A prompt that the tower reads pictures under, beside the paper's caption, ocr and grounding or, "
+            "under one of their names, instead of it. May be given several times.",
+        ),
+    ] = None,
+    image_feature_source: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How the image becomes tokens, instead of what the tower's config.json says: one or more of "
+            "spatial_avg_pool, temporal_avg_pool, last_frame, separated by commas."
+        ),
+    ] = None,
+    projector_depth: Annotated[int, typer.Option(help="Number of linear layers of the projector.")] = 3,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32. By default, the language model's.")
+    ] = None,
+    chat_template: Annotated[
+        str,
+        typer.Option(
+            help="plain, a picture and its caption, which the paper pretrains with; or llama3, phi3 or vicuna, for "
+            "conversations."
+        ),
+    ] = "plain",
+    max_shard_size: Annotated[str, typer.Option(help="Size of a file of weights at most.")] = "5GB",
+) -> None:
+    """Put a Florence-2 and a language model together, with a new projector, ready for pretraining."""
+    from .conversion import assemble as assemble_model
+
+    prompts = {}
+    for given in prompt or []:
+        name, separator, text = given.partition("=")
+        if not (name.strip() and separator and text.strip()):
+            raise typer.BadParameter(f'{given!r} is not NAME="TEXT".', param_hint="--prompt")
+        prompts[name.strip()] = text.strip()
+    plan = assemble_model(
+        vision_tower,
+        llm,
+        output,
+        fusion_strategy=fusion,
+        fusion_features=_split(features),
+        prompts=prompts,
+        image_feature_source=_split(image_feature_source),
+        projector_depth=projector_depth,
+        dtype=_dtype(dtype),
         chat_template=chat_template,
         max_shard_size=max_shard_size,
     )
-    num_parameters = sum(torch.Size(tensor.shape).numel() for tensor in plan.tensors.values())
     typer.echo(
-        f"Wrote {output}: {plan.config.text_config.model_type}, {num_parameters / 1e6:,.1f} million parameters, "
-        f"{plan.config.num_image_tokens} tokens per image of {plan.config.image_size} x {plan.config.image_size}."
+        f"Wrote {output}: {plan.config.text_config.model_type}, {plan.num_parameters / 1e6:,.1f} million parameters, "
+        f"{plan.config.num_image_tokens} tokens per image of {plan.config.image_size} x {plan.config.image_size}, "
+        f"{plan.config.fusion_strategy} fusion of {', '.join(plan.config.fusion_features)}; the projector is new."
     )
 
 
@@ -96,6 +208,65 @@ def chat(
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     while question := _ask():
         session.answer(question, streamer, generation_config)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a converted or trained model.", metavar="DIR")],
+    repository: Annotated[str, typer.Argument(help="Where to, as user/name. It is made if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Only its owner sees the repository.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the files, but send nothing.")] = False,
+) -> None:
+    """Upload a model to the Hub, if it is complete. Only files that belong to it are sent."""
+    from .conversion import push as push_model
+
+    files = push_model(folder, repository, private=private, dry_run=dry_run)
+    for name, size in files.items():
+        typer.echo(f"{size:>15,}  {name}")
+    total = f"{len(files)} files, {sum(files.values()):,} bytes"
+    if dry_run:
+        typer.echo(f"{total} would go to {repository}. Nothing was sent.")
+    else:
+        typer.echo(f"{total} are at https://huggingface.co/{repository}.")
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a converted model.", metavar="DIR")],
+    reference: Annotated[
+        Path, typer.Option(help="What the original computed, a file that tools/record_reference.py wrote.")
+    ],
+    tolerance_factor: Annotated[float, typer.Option(help="Multiplies what stages may differ by.", min=0.0)] = 1.0,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="To compute in. The tolerances are float32's.")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="Where the model runs, such as cpu, cuda or auto.")] = "auto",
+) -> None:
+    """Compare a model with what the original computed, stage by stage. The status is 1 if a stage differs."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from .conversion import verification
+
+    processor = AutoProcessor.from_pretrained(model)
+    network = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, device_map=device)
+    results = verification.verify(network, processor, reference, tolerance_factor)
+    typer.echo(verification.format_results(results))
+    if not verification.agrees(results):
+        raise typer.Exit(1)
+
+
+def _split(values: list[str] | None) -> list[str] | None:
+    """The values of an option that may be given several times, or once with commas."""
+    return [value for given in values or [] for value in given.replace(",", " ").split()] or None
+
+
+def _dtype(name: str | None) -> "torch.dtype | None":
+    import torch
+
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name is not None and name not in dtypes:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(dtypes)}.", param_hint="--dtype")
+    return dtypes.get(name)
 
 
 def _ask() -> str:

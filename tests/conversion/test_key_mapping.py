@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from florence_vl_hf.conversion.key_mapping import to_converted, to_original
+from florence_vl_hf.conversion.key_mapping import to_converted, to_first_release, to_original
 
 
 def test_every_name_of_an_original_is_known_and_comes_back(golden):
@@ -46,6 +46,32 @@ def test_names(original, converted, transposed):
     assert (original, transposed) in [(back.name, back.transposed) for back in to_original(converted)]
 
 
+def test_table_of_words_goes_back_to_the_names_that_are_stored_too():
+    names = to_original("model.vision_tower.encoder.embed_tokens.weight")
+    parts = [name.name.removeprefix("model.vision_tower.vision_tower.language_model.") for name in names]
+    assert [part for part, name in zip(parts, names, strict=True) if not name.alias] == [
+        "model.shared.weight",
+        "lm_head.weight",
+    ]
+    assert len(parts) == len(set(parts)) == 4
+
+
+@pytest.mark.parametrize(
+    ("native", "first_release"),
+    [
+        ("model.vision_tower.convs.0.conv.weight", "vision_tower.convs.0.proj.weight"),
+        ("vision_tower.convs.0.conv.weight", "vision_tower.convs.0.proj.weight"),
+        ("model.multi_modal_projector.image_projection.weight", "image_projection"),
+        ("model.language_model.shared.weight", "language_model.model.shared.weight"),
+        ("language_model.decoder.layers.0.fc1.bias", "language_model.model.decoder.layers.0.fc1.bias"),
+        ("lm_head.weight", "language_model.lm_head.weight"),
+    ],
+)
+def test_names_of_transformers_own_florence_2(native, first_release):
+    mapped = to_first_release(native)
+    assert (mapped.name, mapped.transposed) == (first_release, first_release == "image_projection")
+
+
 def test_decoder_is_known_but_not_used():
     prefix = "model.vision_tower.vision_tower.language_model."
     for name in ("model.decoder.layers.0.fc1.weight", "model.decoder.layernorm_embedding.bias", "final_logits_bias"):
@@ -53,7 +79,13 @@ def test_decoder_is_known_but_not_used():
 
 
 @pytest.mark.parametrize(
-    "name", ["model.vision_tower.vision_tower.vision_model.embeddings.weight", "model.other", "x"]
+    "name",
+    [
+        "model.vision_tower.vision_tower.vision_model.embeddings.weight",
+        "model.mm_projector.encoder_mlp.0.1.weight",  # the first layer is encoder_mlp.0
+        "model.other",
+        "x",
+    ],
 )
 def test_unknown_names_are_not_guessed(name):
     assert to_converted(name) is None

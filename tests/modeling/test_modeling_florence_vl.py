@@ -14,9 +14,10 @@ from transformers import (
 
 from florence_vl_hf import FlorenceVLForConditionalGeneration, FlorenceVLModel
 from florence_vl_hf.conversion.key_mapping import to_converted
+from florence_vl_hf.conversion.verification import forward_inputs
 from florence_vl_hf.modeling.modeling_florence_vl import FlorenceVLVisionBlock
 
-from ..conftest import IMAGE_MARK, tiny_config, tiny_inputs, tiny_model
+from ..conftest import tiny_config, tiny_inputs, tiny_model
 
 
 def count_calls(module: torch.nn.Module) -> list[tuple[int, ...]]:
@@ -24,26 +25,6 @@ def count_calls(module: torch.nn.Module) -> list[tuple[int, ...]]:
     calls: list[tuple[int, ...]] = []
     module.register_forward_hook(lambda module, args, output: calls.append(tuple(args[0].shape) if args else ()))
     return calls
-
-
-def forward_inputs(golden, model, forward) -> dict[str, torch.Tensor]:
-    """A recorded forward of the original, with image tokens where it had one mark."""
-    num_image_tokens, image_token_id = model.config.num_image_tokens, model.config.image_token_id
-    rows, names = [], []
-    for row, ids, mask, labels in zip(
-        forward["rows"], forward["input_ids"], forward["attention_mask"], forward["labels"], strict=True
-    ):
-        spread = []
-        for token in zip(ids, mask, labels, strict=True):
-            spread += [(image_token_id, 1, -100)] * num_image_tokens if token[0] == IMAGE_MARK else [token]
-        rows.append(spread)
-        names += [row["image"]] * ids.count(IMAGE_MARK)
-    length = max(map(len, rows))
-    padded = torch.tensor([row + [(0, 0, -100)] * (length - len(row)) for row in rows])
-    inputs = dict(zip(["input_ids", "attention_mask", "labels"], padded.unbind(-1), strict=True))
-    if names:
-        inputs["pixel_values"] = golden.pixel_values(names)
-    return inputs
 
 
 class TestAgainstTheOriginal:
@@ -62,7 +43,9 @@ class TestAgainstTheOriginal:
     def test_logits_loss_and_gradients(self, golden, model):
         parameters = dict(model.named_parameters())
         for i, forward in enumerate(golden.reference["forwards"]):
-            inputs = forward_inputs(golden, model, forward)
+            inputs, images = forward_inputs(forward, model.config)
+            if images:
+                inputs["pixel_values"] = golden.pixel_values(images)
             model.zero_grad()
             output = model(**inputs)
             output.loss.backward()

@@ -1,4 +1,6 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -133,6 +135,16 @@ class TestChatTemplates:
     def test_unknown_format_is_an_error(self, processor):
         with pytest.raises(ValueError, match="choose one of llama3, phi3, plain, vicuna"):
             load_chat_template("chatml", processor.tokenizer)
+        with pytest.raises(ValueError, match="choose one of llama3, phi3, plain, vicuna"):
+            processor.apply_chat_template([{"role": "user", "content": "Hi"}], chat_template="chatml")
+
+    def test_formats_of_ones_own(self, processor):
+        own = copy.copy(processor)
+        own.chat_template = {"default": processor.chat_template, "shout": "{{ messages[0].content | upper }}"}
+        messages = [{"role": "user", "content": "Hi"}]
+        assert own.apply_chat_template(messages, chat_template="shout") == "HI"
+        assert own.apply_chat_template(messages, chat_template="{{ messages | length }}") == "1"
+        assert own.apply_chat_template(messages) == processor.apply_chat_template(messages)
 
 
 class TestImageTokens:

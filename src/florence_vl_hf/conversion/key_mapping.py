@@ -15,6 +15,7 @@ FIELDS = {
     "stage": r"\d+",
     "block": r"\d+",
     "layer": r"\d+",
+    "later_layer": r"[1-9]\d*",
     "half": r"spatial_block|channel_block",
     "conv": r"conv1|conv2",
     "linear": r"qkv|proj|fc1|fc2",
@@ -34,11 +35,13 @@ class Rule:
         original (`str`): Name in an original checkpoint, with `{fields}`.
         converted (`str`, *optional*): Name in this package's layout; `None` for a tensor that is not used.
         transposed (`bool`, *optional*): Whether each layout holds the other's transpose.
+        alias (`bool`, *optional*): Whether the original ties this name to another when it loads, and stores only that.
     """
 
     original: str
     converted: str | None
     transposed: bool = False
+    alias: bool = False
 
     @cached_property
     def original_regex(self) -> re.Pattern[str]:
@@ -55,6 +58,7 @@ class MappedName:
 
     name: str | None
     transposed: bool
+    alias: bool = False
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
@@ -103,8 +107,8 @@ TOWER_RULES = (
     Rule("visual_temporal_embed.pos_idx_to_embed", "image_projector.visual_temporal_embed.pos_idx_to_embed"),
     # The tied table of Florence-2's words, stored under one or more of four names: the first that is there counts.
     Rule("language_model.model.shared.weight", "encoder.embed_tokens.weight"),
-    Rule("language_model.model.encoder.embed_tokens.weight", "encoder.embed_tokens.weight"),
-    Rule("language_model.model.decoder.embed_tokens.weight", "encoder.embed_tokens.weight"),
+    Rule("language_model.model.encoder.embed_tokens.weight", "encoder.embed_tokens.weight", alias=True),
+    Rule("language_model.model.decoder.embed_tokens.weight", "encoder.embed_tokens.weight", alias=True),
     Rule("language_model.lm_head.weight", "encoder.embed_tokens.weight"),
     Rule("language_model.model.encoder.{rest}", "encoder.{rest}"),
     # The decoder never runs.
@@ -115,12 +119,40 @@ TOWER_RULES = (
 # Names of the table of words among `TOWER_RULES`.
 TIED_WORDS = tuple(rule.original for rule in TOWER_RULES if rule.converted == "encoder.embed_tokens.weight")
 
+# What Transformers' own Florence-2 (such as `florence-community/Florence-2-large`) calls the parts of the tower.
+NATIVE_PARTS = {
+    "backbone.": "model.vision_tower.",
+    "image_projector.": "model.multi_modal_projector.",
+    "encoder.": "model.language_model.encoder.",
+}
+
+
+def _native(converted: str) -> str:
+    part = next(part for part in NATIVE_PARTS if converted.startswith(part))
+    return NATIVE_PARTS[part] + converted.removeprefix(part)
+
+
+# Florence-2 in the layout of its first release, beside Transformers' own, which this package's tower is made of.
+NATIVE_TOWER_RULES = (
+    *(
+        Rule(rule.original, _native(rule.converted), rule.transposed)
+        for rule in TOWER_RULES
+        if rule.converted is not None and rule.original not in TIED_WORDS
+    ),
+    Rule("language_model.model.shared.weight", "model.language_model.shared.weight"),
+    Rule("language_model.model.decoder.{rest}", "model.language_model.decoder.{rest}"),
+    Rule("language_model.lm_head.weight", "lm_head.weight"),
+)
+
 # A whole original checkpoint beside `FlorenceVLForConditionalGeneration`.
 MODEL_RULES = (
     Rule("model.mm_projector.encoder_mlp.0.{leaf}", "model.multi_modal_projector.layers.0.{leaf}"),
-    Rule("model.mm_projector.encoder_mlp.{layer}.1.{leaf}", "model.multi_modal_projector.layers.{layer}.{leaf}"),
+    Rule(
+        "model.mm_projector.encoder_mlp.{later_layer}.1.{leaf}",
+        "model.multi_modal_projector.layers.{later_layer}.{leaf}",
+    ),
     *(
-        Rule(ORIGINAL_TOWER + rule.original, rule.converted and TOWER + rule.converted, rule.transposed)
+        Rule(ORIGINAL_TOWER + rule.original, rule.converted and TOWER + rule.converted, rule.transposed, rule.alias)
         for rule in TOWER_RULES
     ),
     # Computed from the configuration; old versions of Transformers stored it.
@@ -132,23 +164,43 @@ MODEL_RULES = (
 
 def to_converted(name: str) -> MappedName | None:
     """This package's name for a tensor of an original checkpoint, or `None` if no rule knows it."""
-    for rule in MODEL_RULES:
-        if match := rule.original_regex.fullmatch(name):
-            return MappedName(rule.converted and rule.converted.format(**match.groupdict()), rule.transposed)
-    return None
+    rule, match = _rule_of_original(name, MODEL_RULES)
+    if rule is None:
+        return None
+    return MappedName(rule.converted and rule.converted.format(**match.groupdict()), rule.transposed, rule.alias)
 
 
 def to_original(name: str) -> list[MappedName]:
     """The original's names for a tensor of this package: more than one where the original ties tensors."""
-    return [
-        MappedName(rule.original.format(**match.groupdict()), rule.transposed)
-        for rule in MODEL_RULES
-        if rule.converted_regex is not None and (match := rule.converted_regex.fullmatch(name))
-    ]
+    return _originals(name, MODEL_RULES)
+
+
+def to_first_release(name: str) -> MappedName | None:
+    """The name in Florence-2's first release of a tensor of Transformers' own Florence-2, or `None`."""
+    # Older saves, and saves of its base model, have no `model.` in front.
+    originals = _originals(name, NATIVE_TOWER_RULES) or _originals(f"model.{name}", NATIVE_TOWER_RULES)
+    return originals[0] if originals else None
+
+
+def _rule_of_original(name: str, rules: tuple[Rule, ...]) -> tuple[Rule, re.Match[str]] | tuple[None, None]:
+    """The first rule that knows a name counts."""
+    return next(((rule, match) for rule in rules if (match := rule.original_regex.fullmatch(name))), (None, None))
+
+
+def _originals(name: str, rules: tuple[Rule, ...]) -> list[MappedName]:
+    found = []
+    for rule in rules:
+        if rule.converted_regex is not None and (match := rule.converted_regex.fullmatch(name)):
+            original = rule.original.format(**match.groupdict())
+            # Where an earlier rule knows that name, this one means others.
+            if _rule_of_original(original, rules)[0] is rule:
+                found.append(MappedName(original, rule.transposed, rule.alias))
+    return found
 
 
 __all__ = [
     "MODEL_RULES",
+    "NATIVE_TOWER_RULES",
     "ORIGINAL_TOWER",
     "TIED_WORDS",
     "TOWER",
@@ -156,5 +208,6 @@ __all__ = [
     "MappedName",
     "Rule",
     "to_converted",
+    "to_first_release",
     "to_original",
 ]

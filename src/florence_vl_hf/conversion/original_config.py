@@ -23,6 +23,9 @@ TEXT_MODEL_TYPES = {
     "llava_qwen": "qwen2",
 }
 
+# And back: of several names, the first.
+ORIGINAL_MODEL_TYPES = {ours: theirs for theirs, ours in reversed(TEXT_MODEL_TYPES.items())}
+
 # The forms that rope settings took in configurations of older versions of Transformers, beside a config's own fields.
 LEGACY_ROPE_FIELDS = ("rope_theta", "rope_scaling", "original_max_position_embeddings")
 
@@ -43,6 +46,14 @@ DAVIT_FIELDS = {"dim_embed": "embed_dim"} | {
     )
 }
 
+# What a language model's configuration computes out of its other fields, unless it is told otherwise.
+DERIVED_TEXT_FIELDS = ("head_dim", "layer_types")
+# Language models whose rope the original's Transformers, 4.43, can scale, and what it calls the kind of scaling.
+ROPE_TYPE_FIELDS = {"llama": "rope_type", "phi3": "type"}
+
+# Florence-2's first release has one kind of each.
+TEMPORAL_EMBEDDING, POSITION_EMBEDDING = "COSINE", "learned_abs_2d"
+
 # The public Florence-2, base and large alike: what cannot be read off the weights.
 PUBLIC_HEAD_DIM = 32
 PUBLIC_ENCODER_HEAD_DIM = 64
@@ -62,6 +73,12 @@ class TowerSettings:
     image_mean: list[float] = field(default_factory=lambda: list(PUBLIC_IMAGE_MEAN))
     image_std: list[float] = field(default_factory=lambda: list(PUBLIC_IMAGE_STD))
     assumptions: list[str] = field(default_factory=list)
+
+    def override_image_feature_source(self, image_feature_source: list[str] | None) -> None:
+        """Take a user's word, if there is one, and assume nothing any more."""
+        if image_feature_source is not None:
+            self.image_feature_source = image_feature_source
+            self.assumptions = [assumed for assumed in self.assumptions if "--image-feature-source" not in assumed]
 
 
 def text_config_from_original(original: dict[str, Any]) -> PreTrainedConfig:
@@ -91,7 +108,7 @@ def check_is_florence_vl(original: dict[str, Any], tensors: dict[str, StoredTens
     tower = str(original.get("mm_vision_tower", original.get("vision_tower", "")))
     projector = str(original.get("mm_projector_type", "linear"))
     has_davit = any(name.startswith(ORIGINAL_TOWER + "vision_tower.blocks.") for name in tensors)
-    if re.search(r"clip|siglip|eva|dino", tower, flags=re.IGNORECASE) and not has_davit:
+    if re.search(r"(?<![a-z])(clip|siglip|dinov2)", tower, flags=re.IGNORECASE) and not has_davit:
         raise CheckpointError(
             f"{where} looks through {tower!r}, not through Florence-2: it is a LLaVA, not a Florence-VL. Transformers "
             f"has LLaVA models of its own."
@@ -112,7 +129,7 @@ def tower_settings_from_folder(folder: Path) -> TowerSettings:
             f"{folder / 'config.json'} has model type {raw.get('model_type')!r}, expected a florence2 with "
             f"`vision_config` and `text_config`; give Florence-2's own folder as --vision-tower."
         )
-    if "dim_embed" in davit:
+    if is_first_release(raw):
         config = Florence2Config(vision_config=_davit_from_first_release(davit, folder), text_config=_bart(bart))
     else:
         config = Florence2Config.from_dict(raw)
@@ -124,12 +141,18 @@ def tower_settings_from_folder(folder: Path) -> TowerSettings:
     return settings
 
 
+def is_first_release(raw: dict[str, Any]) -> bool:
+    """Whether Florence-2's `config.json` has the form of its first release."""
+    return "dim_embed" in raw.get("vision_config", {})
+
+
 def _davit_from_first_release(davit: dict[str, Any], folder: Path) -> dict[str, Any]:
     temporal, positions = davit.get("visual_temporal_embedding"), davit.get("image_pos_embed")
-    if not temporal or temporal.get("type") != "COSINE" or not positions or positions.get("type") != "learned_abs_2d":
+    kinds = [embedding.get("type") if embedding else None for embedding in (positions, temporal)]
+    if kinds != [POSITION_EMBEDDING, TEMPORAL_EMBEDDING]:
         raise CheckpointError(
-            f"{folder / 'config.json'} has position embeddings {positions} and {temporal}, expected learned_abs_2d "
-            f"and COSINE; no other Florence-2 is known."
+            f"{folder / 'config.json'} has position embeddings {positions} and {temporal}, expected "
+            f"{POSITION_EMBEDDING} and {TEMPORAL_EMBEDDING}; no other Florence-2 is known."
         )
     return {ours: davit[theirs] for theirs, ours in DAVIT_FIELDS.items() if theirs in davit} | {
         "max_temporal_embeddings": temporal["max_temporal_embeddings"],
@@ -138,21 +161,103 @@ def _davit_from_first_release(davit: dict[str, Any], folder: Path) -> dict[str, 
 
 
 def _bart(bart: dict[str, Any]) -> dict[str, Any]:
-    known = {config_field.name for config_field in fields(CONFIG_MAPPING["bart"])}
-    # Sizes, rates and token ids; what it says of generation and labels is the decoder's.
-    own = known - {config_field.name for config_field in fields(PreTrainedConfig)} - {"num_labels"}
+    own = _own_fields(CONFIG_MAPPING["bart"])
     return {"model_type": "bart"} | {name: value for name, value in bart.items() if name in own and value is not None}
 
 
+def _own_fields(config_class: type[PreTrainedConfig]) -> list[str]:
+    """Sizes, rates and token ids of a kind of model; not what every configuration says of outputs and labels."""
+    common = {config_field.name for config_field in fields(PreTrainedConfig)} | {"num_labels"}
+    return [config_field.name for config_field in fields(config_class) if config_field.name not in common]
+
+
+def text_config_to_original(config: PreTrainedConfig) -> tuple[dict[str, Any], list[str]]:
+    """
+    The language model's part of an original `config.json`, as Transformers 4.43 reads it.
+
+    Returns:
+        `tuple[dict, list[str]]`: The fields, and what of the configuration they cannot express.
+    """
+    if config.model_type not in ORIGINAL_MODEL_TYPES:
+        return {}, [f"a language model of type {config.model_type!r} (only {', '.join(ORIGINAL_MODEL_TYPES)})"]
+    settings = {name: getattr(config, name) for name in _own_fields(type(config))}
+    inexpressible = []
+    plain = {name: value for name, value in settings.items() if name not in (*DERIVED_TEXT_FIELDS, "rope_parameters")}
+    as_derived = type(config)(**plain)
+    for name in set(DERIVED_TEXT_FIELDS) & set(settings):
+        if settings[name] != getattr(as_derived, name):
+            inexpressible.append(f"{name} {settings[name]}")
+
+    rope = dict(config.rope_parameters)
+    rope_type = rope.pop("rope_type", "default")
+    plain["rope_theta"] = rope.pop("rope_theta")
+    rope.pop("type", None)
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        inexpressible.append(f"partial_rotary_factor {config.rope_parameters['partial_rotary_factor']}")
+    for name in set(rope) & set(plain):  # Phi-3 has its original_max_position_embeddings at both places
+        rope.pop(name)
+    if rope_type == "default":
+        plain["rope_scaling"] = None
+    elif config.model_type in ROPE_TYPE_FIELDS:
+        plain["rope_scaling"] = {ROPE_TYPE_FIELDS[config.model_type]: rope_type} | rope
+    else:
+        inexpressible.append(f"{rope_type!r} scaling of rope in a language model of type {config.model_type!r}")
+    return {"model_type": ORIGINAL_MODEL_TYPES[config.model_type]} | plain, inexpressible
+
+
+def tower_config_to_first_release(config: FlorenceVLConfig) -> tuple[dict[str, Any], list[str]]:
+    """
+    The `config.json` of a model's Florence-2, in the form of its first release.
+
+    Returns:
+        `tuple[dict, list[str]]`: The configuration, and what of the model's it cannot express.
+    """
+    davit, bart = config.vision_config.vision_config, config.vision_config.text_config
+    vision_config = {theirs: getattr(davit, ours) for theirs, ours in DAVIT_FIELDS.items()} | {
+        "model_type": "davit",
+        "enable_checkpoint": False,
+        "visual_temporal_embedding": {
+            "type": TEMPORAL_EMBEDDING,
+            "max_temporal_embeddings": davit.max_temporal_embeddings,
+        },
+        "image_pos_embed": {"type": POSITION_EMBEDDING, "max_pos_embeddings": davit.max_position_embeddings},
+        "image_feature_source": list(config.image_feature_source),
+    }
+    expressed = {*DAVIT_FIELDS.values(), "max_temporal_embeddings", "max_position_embeddings", "initializer_range"}
+    default = type(davit)()
+    inexpressible = [
+        f"a tower with {name} {getattr(davit, name)}"
+        for name in _own_fields(type(davit))
+        if name not in expressed and getattr(davit, name) != getattr(default, name)
+    ]
+    return {
+        "architectures": ["Florence2ForConditionalGeneration"],
+        "model_type": "florence2",
+        "vision_config": vision_config,
+        "text_config": {name: getattr(bart, name) for name in _own_fields(type(bart))},
+        "projection_dim": davit.projection_dim,
+        "vocab_size": bart.vocab_size,
+        "bos_token_id": bart.bos_token_id,
+        "eos_token_id": bart.eos_token_id,
+        "pad_token_id": bart.pad_token_id,
+        "ignore_index": -100,
+        "is_encoder_decoder": True,
+    }, inexpressible
+
+
 def _read_picture_settings(folder: Path, settings: TowerSettings) -> None:
-    path = folder / "preprocessor_config.json"
-    if not path.exists():
+    # Transformers 5 saves the picture settings within those of the processor.
+    path, within = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if path.exists():
+        raw = read_json(path)
+    elif within.exists() and isinstance(read_json(within).get("image_processor"), dict):
+        path, raw = within, read_json(within)["image_processor"]
+    else:
         settings.assumptions.append(
             f"{folder} has no preprocessor_config.json: pictures are taken to be "
             f"{PUBLIC_IMAGE_SIZE} x {PUBLIC_IMAGE_SIZE}, as public Florence-2's."
         )
         return
-    raw = read_json(path)
     size = raw.get("size", {"height": PUBLIC_IMAGE_SIZE, "width": PUBLIC_IMAGE_SIZE})
     if not isinstance(size, dict) or size.get("height") is None or size.get("height") != size.get("width"):
         raise CheckpointError(f"{path} has size {size}, expected a square of `height` and `width`.")
@@ -241,10 +346,14 @@ def _assume_source(why: str) -> str:
 
 
 __all__ = [
+    "ORIGINAL_MODEL_TYPES",
     "TEXT_MODEL_TYPES",
     "TowerSettings",
     "check_is_florence_vl",
+    "is_first_release",
     "text_config_from_original",
+    "text_config_to_original",
+    "tower_config_to_first_release",
     "tower_settings_from_folder",
     "tower_settings_from_tensors",
 ]

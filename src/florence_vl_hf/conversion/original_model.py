@@ -1,16 +1,18 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """What an original checkpoint is, told by its small files: configuration, tokenizer and picture settings."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
 from .errors import CheckpointError
-from .key_mapping import ORIGINAL_TOWER
+from .key_mapping import ORIGINAL_TOWER, to_first_release
 from .original_config import (
     TowerSettings,
     check_is_florence_vl,
@@ -18,7 +20,7 @@ from .original_config import (
     tower_settings_from_folder,
     tower_settings_from_tensors,
 )
-from .original_processor import add_image_token, build_processor, load_original_tokenizer
+from .original_processor import add_image_token, build_processor, fitting_chat_template, load_original_tokenizer
 from .stored_tensors import StoredTensor, find_tensors, read_json
 
 
@@ -39,7 +41,13 @@ class OriginalModel:
 
     def build_processor(self, chat_template: str | None = None) -> FlorenceVLProcessor:
         """The processor of the model, with the conversation format that fits or the one that is named."""
-        return build_processor(self.original, self.tower, self.tokenizer, self.config.num_image_tokens, chat_template)
+        return build_processor(
+            self.tower,
+            self.tokenizer,
+            self.config.num_image_tokens,
+            do_pad=self.original.get("image_aspect_ratio") == "pad",
+            chat_template=chat_template or fitting_chat_template(self.original, self.tokenizer),
+        )
 
 
 def tower_folder(source: Path, vision_tower: Path | None = None) -> Path | None:
@@ -47,6 +55,21 @@ def tower_folder(source: Path, vision_tower: Path | None = None) -> Path | None:
     if vision_tower is None and (source / TOWER_FOLDER / "config.json").is_file():
         return source / TOWER_FOLDER
     return vision_tower
+
+
+def find_tower_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """List the tensors of a Florence-2 folder by their names in its first release, whichever layout it has."""
+    tensors = {}
+    for name, tensor in find_tensors(folder).items():
+        mapped = to_first_release(name)
+        if mapped is not None and mapped.transposed:
+            tensor = replace(tensor, shape=tensor.shape[::-1], read=_transposed(tensor.read))
+        tensors[name if mapped is None else mapped.name] = tensor
+    return tensors
+
+
+def _transposed(read: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    return lambda: read().T
 
 
 def read_original_model(
@@ -77,9 +100,7 @@ def read_original_model(
         tower = tower_settings_from_tensors(
             {name.removeprefix(ORIGINAL_TOWER): tensor for name, tensor in stored.items()}
         )
-    if image_feature_source is not None:
-        tower.image_feature_source = image_feature_source
-        tower.assumptions = [assumed for assumed in tower.assumptions if "--image-feature-source" not in assumed]
+    tower.override_image_feature_source(image_feature_source)
 
     tokenizer = load_original_tokenizer(source)
     text_config = text_config_from_original(original)
@@ -95,10 +116,11 @@ def read_original_model(
             projector_depth=int(original["mm_projector_type"].removeprefix("mlp").removesuffix("x_gelu")),
             projector_hidden_act="gelu",
             architectures=[FlorenceVLForConditionalGeneration.__name__],
+            dtype=original.get("torch_dtype"),
         )
     except ValueError as error:
         raise CheckpointError(f"The configuration of {source} contradicts itself: {error}") from error
     return OriginalModel(source, original, config, tower, tokenizer, num_original_rows)
 
 
-__all__ = ["OriginalModel", "read_original_model", "tower_folder"]
+__all__ = ["OriginalModel", "find_tower_tensors", "read_original_model", "tower_folder"]

@@ -17,6 +17,8 @@ from .stored_tensors import read_json
 
 
 IMAGE_TOKEN = "<image>"
+# The name of a row before that of `<image>` which the original's tokenizer does not name.
+UNUSED_ROW = "<|unused_row_{}|>"
 # Rows of the embedding table come in multiples of this, which matrix kernels like.
 ROW_MULTIPLE = 64
 
@@ -31,9 +33,12 @@ TOKENIZER_FILES = (
 )
 
 
-def load_original_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_original_tokenizer(folder: Path, tokenizer_class: type = AutoTokenizer) -> PreTrainedTokenizerBase:
     """
-    Load the language model's tokenizer of an original checkpoint.
+    Load the tokenizer of an original checkpoint, of a language model or of a vision tower.
+
+    Args:
+        tokenizer_class (`type`, *optional*, defaults to `AutoTokenizer`): What loads it.
 
     Raises:
         CheckpointError: If the folder holds none, or a damaged one.
@@ -53,7 +58,7 @@ def load_original_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         settings_file.write_text(json.dumps(settings), encoding="utf-8")
         try:
             # Training padded on the right; in a batch that generates, answers must start where prompts end.
-            tokenizer = AutoTokenizer.from_pretrained(apart, padding_side="left")
+            tokenizer = tokenizer_class.from_pretrained(apart, padding_side="left")
         except Exception as error:
             # Whatever the tokenizer libraries say of damaged files, in one of their many exceptions.
             raise CheckpointError(f"The tokenizer in {folder} cannot be loaded ({error}); fetch it again.") from error
@@ -87,7 +92,7 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> tuple[
     image_token_id = first_free
     if first_free < num_rows:
         image_token_id = num_rows - 1
-        unused = [f"<|unused_row_{row}|>" for row in range(first_free, image_token_id)]
+        unused = [UNUSED_ROW.format(row) for row in range(first_free, image_token_id)]
         tokenizer.add_tokens([AddedToken(text, normalized=False, special=True) for text in unused])
     else:
         num_rows = -(-(num_rows + 1) // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -102,21 +107,22 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> tuple[
 
 
 def build_processor(
-    original: dict[str, Any],
     tower: TowerSettings,
     tokenizer: PreTrainedTokenizerBase,
     num_image_tokens: int,
-    chat_template: str | None = None,
+    do_pad: bool,
+    chat_template: str,
 ) -> FlorenceVLProcessor:
     """
-    Put a processor together from an original `config.json`, its tower's settings and its tokenizer.
+    Put a processor together from a tower's settings and a tokenizer that knows `<image>`.
 
     Args:
-        chat_template (`str`, *optional*): One of `CHAT_TEMPLATES`. By default, the one that fits the language model.
+        do_pad (`bool`): Whether pictures are padded to squares, and not just resized.
+        chat_template (`str`): One of `CHAT_TEMPLATES`.
     """
     size = {"height": tower.image_size, "width": tower.image_size}
     image_processor = LlavaImageProcessorPil(
-        do_pad=original.get("image_aspect_ratio") == "pad",
+        do_pad=do_pad,
         size=size,
         crop_size=size,
         do_center_crop=False,
@@ -127,7 +133,7 @@ def build_processor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         num_image_tokens=num_image_tokens,
-        chat_template=load_chat_template(chat_template or fitting_chat_template(original, tokenizer), tokenizer),
+        chat_template=load_chat_template(chat_template, tokenizer),
         image_token=IMAGE_TOKEN,
     )
 
@@ -140,4 +146,11 @@ def fitting_chat_template(original: dict[str, Any], tokenizer: PreTrainedTokeniz
     return "llama3" if "<|start_header_id|>" in vocabulary else "vicuna"
 
 
-__all__ = ["IMAGE_TOKEN", "add_image_token", "build_processor", "fitting_chat_template", "load_original_tokenizer"]
+__all__ = [
+    "IMAGE_TOKEN",
+    "UNUSED_ROW",
+    "add_image_token",
+    "build_processor",
+    "fitting_chat_template",
+    "load_original_tokenizer",
+]

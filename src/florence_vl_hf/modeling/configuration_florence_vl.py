@@ -1,7 +1,8 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Florence-VL model configuration: every number that the model and the processor share is derived here."""
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, Florence2Config, PreTrainedConfig
@@ -119,6 +120,8 @@ class FlorenceVLConfig(PreTrainedConfig):
     ```"""
 
     model_type = "florence_vl"
+    # Reads configurations of a foreign layout, once set by who knows one: whether it is one, and how.
+    foreign_loader: ClassVar[tuple[Callable[..., bool], Callable[..., Any]] | None] = None
     # Transformers 5.23 also knows `sub_configs_defaults`; this older form works in every supported version.
     sub_configs = {"vision_config": Florence2Config, "text_config": AutoConfig}
 
@@ -158,6 +161,16 @@ class FlorenceVLConfig(PreTrainedConfig):
         self._validate_text()
         # Transformers looks here for the width of `get_image_features(...).last_hidden_state`.
         self.vision_config.out_hidden_size = self.fused_hidden_size
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As in Transformers; with the package installed, also of an original checkpoint as it is."""
+        if cls.foreign_loader is not None:
+            is_foreign, load_foreign = cls.foreign_loader
+            if is_foreign(pretrained_model_name_or_path, **kwargs):
+                foreign = load_foreign(pretrained_model_name_or_path, **kwargs)
+                return cls.from_dict(foreign.to_dict(), **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def _default_prompt_token_ids(self) -> dict[str, list[int]]:
         return {

@@ -7,6 +7,7 @@ Fusion", CVPR 2025 (arXiv 2412.04424).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -418,6 +419,19 @@ class FlorenceVLPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    # Loads checkpoints of a foreign layout, once set by who knows one: whether it is one, and how.
+    foreign_loader: ClassVar[tuple[Callable[..., bool], Callable[..., Any]] | None] = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As in Transformers; with the package installed, also of an original checkpoint as it is."""
+        load = super().from_pretrained
+        if cls.foreign_loader is not None:
+            is_foreign, load_foreign = cls.foreign_loader
+            if is_foreign(pretrained_model_name_or_path, **kwargs):
+                return load_foreign(load, cls, pretrained_model_name_or_path, **kwargs)
+        return load(pretrained_model_name_or_path, *model_args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -1,7 +1,8 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Processor of Florence-VL: pictures and text with image marks become the model's inputs."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import transformers
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
@@ -9,7 +10,7 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import auto_docstring
 
-from .chat_templates import CHAT_TEMPLATES, load_chat_template
+from .chat_templates import load_chat_template
 
 
 @auto_docstring(
@@ -19,6 +20,9 @@ from .chat_templates import CHAT_TEMPLATES, load_chat_template
     """
 )
 class FlorenceVLProcessor(ProcessorMixin):
+    # Builds processors from checkpoints of a foreign layout, once set by who knows one: whether it is one, and how.
+    foreign_loader: ClassVar[tuple[Callable[..., bool], Callable[..., Any]] | None] = None
+
     def __init__(
         self,
         image_processor: BaseImageProcessor | None = None,
@@ -45,9 +49,20 @@ class FlorenceVLProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """As in Transformers; `chat_template` may also name one of the package's formats, such as `plain`."""
-        if chat_template in CHAT_TEMPLATES:
+        is_own = isinstance(self.chat_template, dict) and chat_template in self.chat_template
+        # Without a brace it is a name: as the text of a template it would become the whole prompt.
+        if chat_template is not None and "{" not in chat_template and not is_own:
             chat_template = load_chat_template(chat_template, self.tokenizer, self.image_token)
         return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As in Transformers; with the package installed, also of an original checkpoint as it is."""
+        if cls.foreign_loader is not None:
+            is_foreign, load_foreign = cls.foreign_loader
+            if is_foreign(pretrained_model_name_or_path, **kwargs):
+                return load_foreign(pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
         """Check that there is one image mark per image. The whole batch is named, for a mark lost is hard to find."""

@@ -6,7 +6,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 
-CHAT_TEMPLATES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.jinja")))
+# Beside a converted model this module stands alone, without the folder: there are no formats by name then.
+TEMPLATE_FILES = Path(__file__).parent / "chat_template_files"
+CHAT_TEMPLATES = tuple(sorted(path.stem for path in TEMPLATE_FILES.glob("*.jinja")))
 
 
 def load_chat_template(name: str, tokenizer: PreTrainedTokenizerBase, image_token: str = "<image>") -> str:
@@ -24,9 +26,14 @@ def load_chat_template(name: str, tokenizer: PreTrainedTokenizerBase, image_toke
     Raises:
         ValueError: If there is no such format, or the tokenizer reads text after an image in some third way.
     """
+    if not CHAT_TEMPLATES:
+        raise ValueError(
+            f"There is no chat template {name!r} here: the formats come with the package florence_vl_hf. Install it, "
+            f"or give the text of a template."
+        )
     if name not in CHAT_TEMPLATES:
         raise ValueError(f"There is no chat template {name!r}; choose one of {', '.join(CHAT_TEMPLATES)}.")
-    text = (Path(__file__).parent / f"{name}.jinja").read_text(encoding="utf-8")
+    text = (TEMPLATE_FILES / f"{name}.jinja").read_text(encoding="utf-8")
 
     settings = ""
     if tokenizer.bos_token_id is not None and tokenizer("x").input_ids[0] == tokenizer.bos_token_id:

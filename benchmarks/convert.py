@@ -1,0 +1,120 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+"""Convert a synthetic checkpoint of the original 8B's shape: time, peak memory, and the ratio to copying its bytes.
+
+python benchmarks/convert.py --layers 8 --folder SCRATCH
+"""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from florence_vl_hf import FlorenceVLConfig
+from florence_vl_hf.conversion.convert_florence_vl_to_hf import tensor_shapes
+from florence_vl_hf.conversion.key_mapping import to_original
+from florence_vl_hf.conversion.output_folder import TensorToWrite, write_weights
+
+
+GIB = 2**30
+NUM_ROWS = 128257  # of Llama-3.1 with `<pad>`
+
+
+def make_checkpoint(folder: Path, num_layers: int, shard_size: str) -> int:
+    """Write an original-format checkpoint of random bits, and return its bytes."""
+    config = FlorenceVLConfig()
+    config.text_config.num_hidden_layers = num_layers
+    tensors = {}
+    for name, shape in tensor_shapes(config).items():
+        original = to_original(name)[0]
+        shape = shape[::-1] if original.transposed else shape
+        if shape[0] == config.text_config.vocab_size:
+            shape = (NUM_ROWS, *shape[1:])
+        tensors[original.name] = TensorToWrite(torch.bfloat16, shape, partial(_random, shape))
+    folder.mkdir(parents=True)
+    write_weights(folder, tensors, shard_size)
+    text = {
+        name: value
+        for name, value in config.text_config.to_dict().items()
+        if isinstance(value, int | float | str) and name not in ("model_type", "dtype")
+    }
+    original = {
+        **text,
+        "model_type": "llava_llama",
+        "vocab_size": NUM_ROWS,
+        "mm_projector_type": "mlp3x_gelu",
+        "mm_vision_tower": "florence",
+        "image_aspect_ratio": "pad",
+        "rope_theta": 500000.0,
+    }
+    (folder / "config.json").write_text(json.dumps(original))
+    words = {f"w{i}": i for i in range(1000)}
+    tokenizer = Tokenizer(models.WordLevel({**words, "<s>": 1000, "</s>": 1001, "<unk>": 1002}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return sum(tensor.num_bytes for tensor in tensors.values())
+
+
+def _random(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16).view(torch.int16).random_(-15000, 15000).view(torch.bfloat16)
+
+
+def copy_bytes(source: Path, target: Path) -> float:
+    """Seconds for copying all files of weights, written through to the disk."""
+    target.mkdir()
+    start = time.perf_counter()
+    for file in sorted(source.glob("*.safetensors")):
+        shutil.copyfile(file, target / file.name)
+    os.sync()
+    return time.perf_counter() - start
+
+
+def convert(source: Path, target: Path) -> tuple[float, float]:
+    """Seconds and peak memory in bytes of the command, as a user runs it, written through to the disk."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "florence_vl_hf.cli", "convert", str(source), str(target)], check=True)
+    os.sync()
+    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
+def main(
+    folder: Annotated[Path, typer.Option(help="Where to work; needs three times the checkpoint's size.")],
+    layers: Annotated[int, typer.Option(help="Layers of the language model; the 8B has 32.")] = 8,
+    shard_size: Annotated[str, typer.Option(help="Size of the original's shards.")] = "5GB",
+    rounds: Annotated[int, typer.Option(help="How often to measure; the best of each counts.")] = 3,
+) -> None:
+    """Measure, and print a table."""
+    source = folder / "original"
+    num_bytes = make_checkpoint(source, layers, shard_size)
+    copied, converted, peak = [], [], 0.0
+    for _ in range(rounds):
+        copied.append(copy_bytes(source, folder / "copy"))
+        shutil.rmtree(folder / "copy")
+        seconds, peak = convert(source, folder / "converted")
+        converted.append(seconds)
+        shutil.rmtree(folder / "converted")
+    shutil.rmtree(source)
+    largest = NUM_ROWS * 4096 * 2
+    typer.echo(f"checkpoint         {num_bytes / GIB:8.2f} GiB, largest tensor {largest / GIB:.2f} GiB")
+    typer.echo(f"copying            {min(copied):8.2f} s")
+    typer.echo(f"converting         {min(converted):8.2f} s")
+    typer.echo(f"ratio              {min(converted) / min(copied):8.2f}")
+    typer.echo(
+        f"peak memory        {peak / GIB:8.2f} GiB, {peak / GIB - largest / GIB:.2f} GiB beside the largest tensor"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
