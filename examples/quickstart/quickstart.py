@@ -74,7 +74,7 @@ def draw_samples(rng: Random, number: int, what: str, seen: frozenset[bytes] = f
         scene = random_scene(rng)
         picture = draw(scene, IMAGE_SIZE)
         if picture.tobytes() not in seen:
-            question = describe(scene, rng)
+            question = describe(scene)
             samples.append(Sample(picture, question.text, question.answer))
     return samples
 

@@ -2,7 +2,6 @@
 """Pictures of coloured shapes, and questions that only somebody who sees them can answer."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
@@ -65,7 +64,7 @@ def random_scene(rng: Random) -> Scene:
 
 
 def _random_shape(rng: Random, kind: str, colour: str, row: int, column: int) -> Shape:
-    radius = rng.uniform(0.14, 0.22)
+    radius = rng.uniform(0.18, 0.23)
     reach = 0.24 - radius
     x, y = (0.25 + 0.5 * quarter + rng.uniform(-reach, reach) for quarter in (column, row))
     return Shape(kind, colour, row, column, centre=(x, y), radius=radius)
@@ -99,7 +98,7 @@ def _outline(shape: Shape) -> list[tuple[float, float]]:
     return [(x + shape.radius * a, y + shape.radius * b) for a, b in points]
 
 
-def describe(scene: Scene, rng: Random) -> Question:
+def describe(scene: Scene) -> Question:
     """The whole scene: every shape, its colour, and how two of them stand to one another."""
     names = [f"a {shape.name}" if shape.colour != "orange" else f"an {shape.name}" for shape in scene.shapes]
     if len(names) == 2:
@@ -107,31 +106,3 @@ def describe(scene: Scene, rng: Random) -> Question:
         relation = "left of" if first.row == second.row else "above"
         names = [f"{names[0]} {relation} {names[1]}"]
     return Question("What is shown in the image?", names[0].capitalize() + ".")
-
-
-def ask_colour(scene: Scene, rng: Random) -> Question:
-    """The colour of one of the shapes."""
-    shape = rng.choice(scene.shapes)
-    return Question(f"What colour is the {shape.kind}?", shape.colour.capitalize() + ".")
-
-
-def ask_kind(scene: Scene, rng: Random) -> Question:
-    """The kind of the shape of some colour."""
-    shape = rng.choice(scene.shapes)
-    return Question(f"Which shape is {shape.colour}?", f"The {shape.kind}.")
-
-
-def ask_place(scene: Scene, rng: Random) -> Question:
-    """The quarter of the picture that one of the shapes is in."""
-    shape = rng.choice(scene.shapes)
-    return Question(
-        f"Where is the {shape.kind}?", f"At the {('top', 'bottom')[shape.row]} {('left', 'right')[shape.column]}."
-    )
-
-
-QUESTION_TYPES: dict[str, Callable[[Scene, Random], Question]] = {
-    "describe": describe,
-    "colour": ask_colour,
-    "kind": ask_kind,
-    "place": ask_place,
-}
