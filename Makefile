@@ -1,4 +1,8 @@
 # Each target makes its own virtual environment and installs what it needs.
+# Tests run in two processes. With more threads, tiny models spend their time waiting for each other.
+PYTEST := -m pytest -n 2
+export OMP_NUM_THREADS := 1
+
 PYTHON ?= python3
 VENV := .venv
 VENV_OLDEST := .venv-oldest
@@ -6,11 +10,11 @@ VENV_OLDEST := .venv-oldest
 .PHONY: test test-oldest quickstart check style clean
 
 test: $(VENV)/installed check
-	$(VENV)/bin/python -m pytest -n 2
+	$(VENV)/bin/python $(PYTEST)
 
 # The oldest supported Transformers, which serving engines pin; all else as in `test`.
 test-oldest: $(VENV_OLDEST)/installed
-	$(VENV_OLDEST)/bin/python -m pytest -n 2
+	$(VENV_OLDEST)/bin/python $(PYTEST)
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/python examples/quickstart/quickstart.py --output quickstart-output

@@ -69,18 +69,20 @@ class Collator:
 
 def draw_samples(rng: Random, number: int, what: str, seen: frozenset[bytes] = frozenset()) -> list[Sample]:
     """Draw pictures that are not among `seen`, and ask what they show."""
-    samples = []
-    for _ in tqdm(range(number), desc=f"Drawing pictures to {what}"):
-        scene = random_scene(rng)
-        picture = draw(scene, IMAGE_SIZE)
-        if picture.tobytes() not in seen:
-            question = describe(scene)
-            samples.append(Sample(picture, question.text, question.answer))
+    samples: list[Sample] = []
+    with tqdm(total=number, desc=f"Drawing pictures to {what}") as progress:
+        while len(samples) < number:
+            scene = random_scene(rng)
+            picture = draw(scene, IMAGE_SIZE)
+            if picture.tobytes() not in seen:
+                question = describe(scene)
+                samples.append(Sample(picture, question.text, question.answer))
+                progress.update()
     return samples
 
 
-def build_processor(texts: list[str], num_image_tokens: int) -> FlorenceVLProcessor:
-    """Make a small tokenizer from the texts that it will meet, and put it beside an image processor."""
+def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Make a small tokenizer from the texts that it will meet."""
     special = ["<pad>", "<s>", "<unk>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<image>"]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -89,7 +91,7 @@ def build_processor(texts: list[str], num_image_tokens: int) -> FlorenceVLProces
     bpe.train_from_iterator(
         texts, trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     )
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token="<pad>",
         bos_token="<s>",
@@ -98,6 +100,10 @@ def build_processor(texts: list[str], num_image_tokens: int) -> FlorenceVLProces
         additional_special_tokens=special[4:],
         padding_side="left",
     )
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast, num_image_tokens: int) -> FlorenceVLProcessor:
+    """Put an image processor beside the tokenizer, and a conversation format."""
     square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     image_processor = LlavaImageProcessorPil(
         do_pad=True,
@@ -111,13 +117,13 @@ def build_processor(texts: list[str], num_image_tokens: int) -> FlorenceVLProces
     return FlorenceVLProcessor(image_processor, tokenizer, num_image_tokens, chat_template=chat_template)
 
 
-def build_config(tokenizer: PreTrainedTokenizerFast | None) -> FlorenceVLConfig:
-    """A Florence-VL of about a million parameters. Without a tokenizer, only its shapes count."""
+def build_config(tokenizer: PreTrainedTokenizerFast) -> FlorenceVLConfig:
+    """A Florence-VL of about a million parameters."""
     vocabulary = {
-        "vocab_size": 1000 if tokenizer is None else len(tokenizer),
-        "pad_token_id": 0 if tokenizer is None else tokenizer.pad_token_id,
-        "bos_token_id": 1 if tokenizer is None else tokenizer.bos_token_id,
-        "eos_token_id": 2 if tokenizer is None else tokenizer.eos_token_id,
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
     }
     davit = {
         "embed_dim": [24, 48, 64, 96],
@@ -156,10 +162,8 @@ def build_config(tokenizer: PreTrainedTokenizerFast | None) -> FlorenceVLConfig:
         vision_config={"vision_config": davit, "text_config": {**bart, **vocabulary}},
         text_config={**llama, **vocabulary},
         image_size=IMAGE_SIZE,
-        image_token_id=7 if tokenizer is None else tokenizer.convert_tokens_to_ids("<image>"),
-        prompt_token_ids={
-            name: [3] if tokenizer is None else tokenizer(text).input_ids for name, text in DEFAULT_PROMPTS.items()
-        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        prompt_token_ids={name: tokenizer(text).input_ids for name, text in DEFAULT_PROMPTS.items()},
         projector_depth=1,
     )
 
@@ -168,12 +172,13 @@ def train(samples: list[Sample], output: Path, seed: int) -> None:
     """Train a model from nothing, and save it with its processor."""
     set_seed(seed)
     texts = [text for sample in samples for text in (sample.question, sample.answer)]
-    num_image_tokens = build_config(None).num_image_tokens
-    processor = build_processor([*texts, *DEFAULT_PROMPTS.values(), SYSTEM_MESSAGE], num_image_tokens)
-    model = FlorenceVLForConditionalGeneration(build_config(processor.tokenizer))
+    tokenizer = build_tokenizer([*texts, *DEFAULT_PROMPTS.values(), SYSTEM_MESSAGE])
+    config = build_config(tokenizer)
+    processor = build_processor(tokenizer, config.num_image_tokens)
+    model = FlorenceVLForConditionalGeneration(config)
     typer.echo(f"Training {model.num_parameters():,} parameters on {len(samples)} pictures.")
     arguments = TrainingArguments(
-        output_dir=str(output / "training"),
+        output_dir=str(output),
         per_device_train_batch_size=16,
         num_train_epochs=1,
         learning_rate=5e-4,

@@ -24,6 +24,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
 )
 
+# Bytes that are read of a PyTorch file before it is opened anew.
+REOPEN_AFTER = 256 * 2**20
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -115,18 +118,33 @@ def _read_safetensors(path: Path, name: str) -> torch.Tensor:
 
 
 def _list_pytorch(path: Path) -> dict[str, StoredTensor]:
-    state_dict = _load_pytorch(path)
-    not_tensors = [name for name, value in state_dict.items() if not isinstance(value, torch.Tensor)]
+    file = _PyTorchFile(path)
+    not_tensors = [name for name, value in file.state_dict.items() if not isinstance(value, torch.Tensor)]
     if not_tensors:
         raise CheckpointError(f"{path.name} holds {not_tensors[0]!r}, which is no tensor; give the model's weights.")
     return {
-        name: StoredTensor(name, path, tensor.dtype, tuple(tensor.shape), partial(_read_pytorch, path, name))
-        for name, tensor in state_dict.items()
+        name: StoredTensor(name, path, tensor.dtype, tuple(tensor.shape), partial(file.read, name))
+        for name, tensor in file.state_dict.items()
     }
 
 
-def _read_pytorch(path: Path, name: str) -> torch.Tensor:
-    return _load_pytorch(path)[name]
+class _PyTorchFile:
+    """A PyTorch file whose tensors are read as they are asked for.
+
+    It stays open over many tensors, for opening takes a while, but not over all: what was read of it counts as memory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.state_dict = _load_pytorch(path)
+        self.num_bytes_read = 0
+
+    def read(self, name: str) -> torch.Tensor:
+        if self.num_bytes_read > REOPEN_AFTER:
+            self.state_dict, self.num_bytes_read = _load_pytorch(self.path), 0
+        tensor = self.state_dict[name]
+        self.num_bytes_read += tensor.nbytes
+        return tensor
 
 
 def _load_pytorch(path: Path) -> dict[str, torch.Tensor]:

@@ -622,7 +622,8 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
         ...     [{"role": "user", "content": content}],
         ...     tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt",
         ... )
-        >>> processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True)
+        >>> answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
+        >>> processor.decode(answer, skip_special_tokens=True)
         ```"""
         outputs = self.model(
             input_ids=input_ids,
