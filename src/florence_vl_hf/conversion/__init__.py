@@ -2,7 +2,8 @@
 """Original checkpoints become folders that Transformers loads, and back; new models are put together from parts."""
 
 from .assemble_florence_vl import assemble
-from .convert_florence_vl_to_hf import ConversionPlan, convert, plan_conversion
+from .conversion_plan import ConversionPlan
+from .convert_florence_vl_to_hf import convert, plan_conversion
 from .errors import CheckpointError
 from .export_florence_vl_to_original import export
 from .hub import push

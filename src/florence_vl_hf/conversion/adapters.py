@@ -7,17 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from .conversion_plan import PlannedTensor
 from .errors import CheckpointError
 from .key_mapping import to_converted
 from .stored_tensors import StoredTensor, list_file, read_json
 
-
-if TYPE_CHECKING:
-    from .convert_florence_vl_to_hf import PlannedTensor
 
 # Whole tensors that take the place of the base's: of a projector-only checkpoint, and of a LoRA one.
 WHOLE_TENSORS = ("mm_projector.bin", "non_lora_trainables.bin")
@@ -46,7 +44,7 @@ def is_adapter(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (*WHOLE_TENSORS, LORA_CONFIG))
 
 
-def apply_adapter(tensors: dict[str, "PlannedTensor"], folder: Path) -> dict[str, "PlannedTensor"]:
+def apply_adapter(tensors: dict[str, PlannedTensor], folder: Path) -> dict[str, PlannedTensor]:
     """
     Put an adapter onto the planned tensors of its base.
 
@@ -85,7 +83,7 @@ def _made(read: Callable[[], torch.Tensor], transposed: bool, dtype: torch.dtype
     return (tensor.T if transposed else tensor).to(dtype)
 
 
-def _find(tensors: dict[str, "PlannedTensor"], name: str, tensor: StoredTensor) -> "PlannedTensor":
+def _find(tensors: dict[str, PlannedTensor], name: str, tensor: StoredTensor) -> PlannedTensor:
     if name not in tensors:
         raise CheckpointError(f"{tensor} belongs to {name}, which the base has not; this is another model's adapter.")
     return tensors[name]

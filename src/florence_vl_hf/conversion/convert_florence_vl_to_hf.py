@@ -2,7 +2,6 @@
 """Conversion of an original Florence-VL checkpoint into a folder that the Auto classes load."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ from transformers.utils import logging
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
 from .adapters import apply_adapter, is_adapter
+from .conversion_plan import ConversionPlan, PlannedTensor
 from .errors import CheckpointError
 from .key_mapping import ORIGINAL_TOWER, to_converted, to_original
 from .model_card import write_model_card
 from .original_model import find_tower_tensors, read_original_model, tower_folder
 from .original_processor import fitting_chat_template
-from .output_folder import TensorToWrite, check_disk_space, folder_in_place_when_complete, write_weights
+from .output_folder import check_disk_space, folder_in_place_when_complete, write_weights
 from .remote_code import write_remote_code
 from .stored_tensors import StoredTensor, find_tensors, read_json
 
@@ -35,31 +35,6 @@ TABLES_OF_WORDS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 
 # What of a generation_config.json only counts when it says `do_sample`.
 SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-
-
-@dataclass(frozen=True)
-class PlannedTensor(TensorToWrite):
-    """A tensor of the output, and the stored one that it is made of."""
-
-    stored: StoredTensor
-    transposed: bool
-
-
-@dataclass
-class ConversionPlan:
-    """A conversion that was checked from end to end, but wrote nothing yet."""
-
-    config: FlorenceVLConfig
-    processor: FlorenceVLProcessor
-    generation_config: GenerationConfig
-    tensors: dict[str, PlannedTensor]
-    assumptions: list[str]
-    unused: list[str]
-    chat_template: str
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(torch.Size(tensor.shape).numel() for tensor in self.tensors.values())
 
 
 def plan_conversion(
@@ -295,4 +270,4 @@ def resolve_folder(folder_or_id: str | Path, files: list[str], **hub_arguments: 
         raise CheckpointError(f"{folder_or_id} is no folder here, and cannot be had from the Hub: {error}") from error
 
 
-__all__ = ["ConversionPlan", "convert", "plan_conversion", "resolve_folder", "tensor_shapes"]
+__all__ = ["convert", "plan_conversion", "resolve_folder", "tensor_shapes"]

@@ -12,6 +12,7 @@ from ..processing import FlorenceVLProcessor
 from .convert_florence_vl_to_hf import tensor_shapes
 from .errors import CheckpointError
 from .model_card import CARD_FILE
+from .original_processor import TOKENIZER_FILES
 from .remote_code import AUTO_MAPS, auto_map, remote_modules
 from .stored_tensors import find_tensors, read_json
 
@@ -25,13 +26,7 @@ KNOWN_FILES = (
     "preprocessor_config.json",
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
+    *TOKENIZER_FILES,
     "LICENSE*",
     "NOTICE*",
 )

@@ -6,13 +6,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 
-
-if TYPE_CHECKING:
-    from .convert_florence_vl_to_hf import ConversionPlan
+from .conversion_plan import ConversionPlan
 
 
 CARD_FILE = "README.md"
