@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
@@ -17,7 +18,7 @@ from florence_vl_hf import (
 )
 from florence_vl_hf.conversion import CheckpointError
 
-from ..conftest import tiny_model
+from ..conftest import FIXTURES, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -110,4 +111,16 @@ def test_damaged_checkpoint_is_an_error(original, tmp_path):
     shard = folder / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="model-00002-of-00002.safetensors is damaged"):
+        AutoModelForImageTextToText.from_pretrained(folder)
+
+
+def test_tower_whose_weights_are_apart_is_an_error(tmp_path):
+    """Transformers would load the shards alone, and leave the tower at random."""
+    folder = Path(shutil.copytree(FIXTURES / "phi-small" / "checkpoint", tmp_path / "original"))
+    shards = sorted(folder.glob("*.safetensors"))
+    tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    for file in [*shards, folder / "model.safetensors.index.json"]:
+        file.unlink()
+    save_file({n: t for n, t in tensors.items() if "vision_tower" not in n}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="not all of its weights in one place.*florence-vl convert"):
         AutoModelForImageTextToText.from_pretrained(folder)

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..modeling import FlorenceVLConfig, FlorenceVLPreTrainedModel
 from ..processing import FlorenceVLProcessor
 from .convert_florence_vl_to_hf import CHECKPOINT_FILES, plan_conversion, resolve_folder
+from .errors import CheckpointError
 from .original_config import TEXT_MODEL_TYPES
 from .original_model import TOWER_FOLDER, OriginalModel, read_original_model
 
@@ -103,6 +104,12 @@ def load_model(
     """
     folder = resolve_folder(name_or_path, CHECKPOINT_FILES, **_hub_arguments(kwargs))
     plan = plan_conversion(folder)
+    elsewhere = next((t.stored for t in plan.tensors.values() if t.stored.file.parent != folder), None)
+    if elsewhere is not None:
+        raise CheckpointError(
+            f"{name_or_path} has not all of its weights in one place: {elsewhere} of {elsewhere.file.parent}. Convert "
+            f"it with `florence-vl convert`, and load the result."
+        )
     if kwargs.get("config") is None:
         kwargs["config"] = plan.config
     conversions, unused = [], list(plan.unused)
