@@ -1,18 +1,22 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 import copy
+import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image
+from sentencepiece import SentencePieceProcessor
 from torch.testing import assert_close
 from transformers import AutoProcessor, LlavaImageProcessorPil
 
 from florence_vl_hf import FlorenceVLProcessor
+from florence_vl_hf.conversion.original_processor import add_image_token, load_original_tokenizer
 from florence_vl_hf.processing import CHAT_TEMPLATES, load_chat_template
 
-from ..conftest import IMAGE_MARK, collapse
+from ..conftest import FIXTURES, IMAGE_MARK, collapse
 
 
 def with_marks(ids: list[int], processor: FlorenceVLProcessor) -> list[int]:
@@ -145,6 +149,49 @@ class TestChatTemplates:
         assert own.apply_chat_template(messages, chat_template="shout") == "HI"
         assert own.apply_chat_template(messages, chat_template="{{ messages | length }}") == "1"
         assert own.apply_chat_template(messages) == processor.apply_chat_template(messages)
+
+
+class TestVicunaTokenizer:
+    """The original's pieces by SentencePiece itself, which its slow tokenizers call, against our one prompt."""
+
+    @pytest.mark.parametrize("legacy", [True, False, None])
+    def test_token_ids_of_two_rounds(self, legacy, tmp_path):
+        shutil.copy(FIXTURES / "phi-small" / "checkpoint" / "tokenizer.model", tmp_path)
+        settings = {
+            "tokenizer_class": "LlamaTokenizer",
+            "add_bos_token": True,
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+        }
+        settings |= {"unk_token": "<unk>", "pad_token": "<unk>"} | ({} if legacy is None else {"legacy": legacy})
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        tokenizer = load_original_tokenizer(tmp_path)
+        pieces = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+        image_token_id, _ = add_image_token(tokenizer, pieces.get_piece_size())
+
+        def text(part: str, first: bool) -> list[int]:
+            if legacy is False and not first:  # no space before text that follows a special token
+                return pieces.encode("<unk>" + part)[len(pieces.encode("<unk>")) :]
+            return pieces.encode(part)
+
+        system = (
+            "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        )
+        system += "detailed, and polite answers to the user's questions."
+        end = tokenizer.eos_token_id
+        expected = [tokenizer.bos_token_id, *text(system + " USER: ", first=True), image_token_id]
+        expected += [*text("\nHow many? ASSISTANT: Three", first=True), end]
+        expected += [*text("USER: Sure? ASSISTANT: Yes.", first=False), end]
+
+        template = load_chat_template("vicuna", tokenizer)
+        messages = [
+            {"role": "user", "content": "<image>\nHow many?"},
+            {"role": "assistant", "content": "Three"},
+            {"role": "user", "content": "Sure?"},
+            {"role": "assistant", "content": "Yes."},
+        ]
+        ids = tokenizer.apply_chat_template(messages, chat_template=template, return_dict=True)["input_ids"]
+        assert ids == expected
 
 
 class TestImageTokens:

@@ -55,6 +55,9 @@ def load_original_tokenizer(folder: Path, tokenizer_class: type = AutoTokenizer)
         settings_file = Path(apart) / "tokenizer_config.json"
         settings = read_json(settings_file) if settings_file.exists() else {}
         settings.pop("auto_map", None)
+        if settings.get("tokenizer_class") == "LlamaTokenizer":
+            # Parity: slow tokenizers of Transformers 4.43, which the original uses, take a missing `legacy` for true.
+            settings.setdefault("legacy", True)
         settings_file.write_text(json.dumps(settings), encoding="utf-8")
         try:
             # Training padded on the right; in a batch that generates, answers must start where prompts end.

@@ -17,7 +17,7 @@ def load_chat_template(name: str, tokenizer: PreTrainedTokenizerBase, image_toke
 
     The original cuts a prompt at its images and tokenizes each piece by itself. Two things follow, which a template
     must spell out because a whole prompt is tokenized at once: the BOS that the tokenizer puts before the first piece,
-    and the space that SentencePiece tokenizers put before each later one.
+    and the space that SentencePiece tokenizers put before the text of each.
 
     Args:
         name (`str`): One of `CHAT_TEMPLATES`.
@@ -38,22 +38,23 @@ def load_chat_template(name: str, tokenizer: PreTrainedTokenizerBase, image_toke
     settings = ""
     if tokenizer.bos_token_id is not None and tokenizer("x").input_ids[0] == tokenizer.bos_token_id:
         settings += "{%- set leading_bos = bos_token -%}\n"
-    if after_image := _text_after_image(tokenizer, image_token):
+        if after_bos := _space_after(tokenizer.bos_token, tokenizer, piece="A chat"):
+            settings += f"{{%- set after_bos = {after_bos!r} -%}}\n"
+    if after_image := _space_after(image_token, tokenizer, piece="\nWhat is this?"):
         settings += f"{{%- set after_image = {after_image!r} -%}}\n"
     return settings + text
 
 
-def _text_after_image(tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
-    """What must stand between an image and the text after it, for that text to read as if it stood alone."""
-    piece = "\nWhat is this?"
+def _space_after(special_token: str, tokenizer: PreTrainedTokenizerBase, piece: str) -> str:
+    """What must stand between a special token and the text after it, for that text to read as if it stood alone."""
     alone = tokenizer(piece, add_special_tokens=False).input_ids
     for candidate in ("", " "):
-        after_image = tokenizer(image_token + candidate + piece, add_special_tokens=False).input_ids[1:]
-        if after_image == alone:
+        after_token = tokenizer(special_token + candidate + piece, add_special_tokens=False).input_ids[1:]
+        if after_token == alone:
             return candidate
     raise ValueError(
-        f"{type(tokenizer).__name__} reads text after {image_token!r} as {after_image}, alone as {alone}; no space "
-        f"between them mends it. Use a tokenizer that knows {image_token!r} as one special token."
+        f"{type(tokenizer).__name__} reads text after {special_token!r} as {after_token}, alone as {alone}; no space "
+        f"between them mends it. Use a tokenizer that knows {special_token!r} as one special token."
     )
 
 
