@@ -66,7 +66,7 @@ def apply_adapter(tensors: dict[str, PlannedTensor], folder: Path) -> dict[str, 
                 f"adapter."
             )
         make = partial(_made, tensor.read, transposed, planned.dtype)
-        changed[name] = replace(planned, make=make, stored=tensor, transposed=transposed)
+        changed[name] = replace(planned, make=make, copy_from=None, stored=tensor, transposed=transposed)
     for name, delta in _lora_deltas(folder).items():
         planned = _find(tensors, name, delta.up)
         if (delta.up.shape[0], delta.down.shape[1]) != planned.shape or delta.up.shape[1] != delta.down.shape[0]:
@@ -74,7 +74,7 @@ def apply_adapter(tensors: dict[str, PlannedTensor], folder: Path) -> dict[str, 
                 f"{delta.up} and {delta.down} have shapes {delta.up.shape} and {delta.down.shape}, but the base's "
                 f"weight has {planned.shape}; this is another model's adapter."
             )
-        changed[name] = replace(planned, make=partial(delta.added_to, planned.make))
+        changed[name] = replace(planned, make=partial(delta.added_to, planned.make), copy_from=None)
     return changed
 
 

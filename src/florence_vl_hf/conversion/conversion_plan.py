@@ -12,7 +12,7 @@ from .output_folder import TensorToWrite
 from .stored_tensors import StoredTensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlannedTensor(TensorToWrite):
     """A tensor of the output, and the stored one that it is made of."""
 

@@ -20,7 +20,7 @@ from .key_mapping import ORIGINAL_TOWER, to_converted, to_original
 from .model_card import write_model_card
 from .original_model import find_tower_tensors, read_original_model, tower_folder
 from .original_processor import fitting_chat_template
-from .output_folder import check_disk_space, folder_in_place_when_complete, write_weights
+from .output_folder import ByteRange, check_disk_space, folder_in_place_when_complete, write_weights
 from .remote_code import write_remote_code
 from .stored_tensors import StoredTensor, find_tensors, read_json
 
@@ -113,10 +113,24 @@ def plan_tensors(
                 f"{tensor} has shape {tensor.shape}, expected {wanted} from the configuration; the two do not belong "
                 f"together."
             )
-        make = partial(_make_tensor, tensor.read, transposed, shape, dtype)
-        made_dtype = dtype if dtype and tensor.dtype.is_floating_point else tensor.dtype
-        tensors[name] = PlannedTensor(made_dtype, shape, make, tensor, transposed)
+        tensors[name] = _plan_tensor(tensor, transposed, shape, dtype)
     return tensors
+
+
+def _plan_tensor(
+    stored: StoredTensor, transposed: bool, shape: tuple[int, ...], dtype: torch.dtype | None
+) -> PlannedTensor:
+    made_dtype = dtype if dtype and stored.dtype.is_floating_point else stored.dtype
+    is_copy = stored.offset is not None and not transposed and stored.dtype == made_dtype
+    num_bytes = stored.dtype.itemsize * torch.Size(stored.shape).numel()
+    return PlannedTensor(
+        made_dtype,
+        shape,
+        make=partial(_make_tensor, stored.read, transposed, shape, dtype),
+        copy_from=ByteRange(stored.file, stored.offset, num_bytes) if is_copy else None,
+        stored=stored,
+        transposed=transposed,
+    )
 
 
 def plan_copy(folder: Path, dtype: torch.dtype | None = None) -> ConversionPlan:
@@ -128,10 +142,7 @@ def plan_copy(folder: Path, dtype: torch.dtype | None = None) -> ConversionPlan:
         del shapes["lm_head.weight"]
     if set(stored) != set(shapes) or any(stored[name].shape != shape for name, shape in shapes.items()):
         raise CheckpointError(f"The weights in {folder} do not fit its config.json; save or convert the model again.")
-    tensors = {}
-    for name, shape in shapes.items():
-        make = partial(_make_tensor, stored[name].read, False, shape, dtype)
-        tensors[name] = PlannedTensor(dtype or stored[name].dtype, shape, make, stored[name], transposed=False)
+    tensors = {name: _plan_tensor(stored[name], False, shape, dtype) for name, shape in shapes.items()}
     processor = FlorenceVLProcessor.from_pretrained(folder)
     config.dtype = tensors[TABLES_OF_WORDS[0]].dtype
     return ConversionPlan(

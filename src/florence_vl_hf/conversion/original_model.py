@@ -63,7 +63,7 @@ def find_tower_tensors(folder: Path) -> dict[str, StoredTensor]:
     for name, tensor in find_tensors(folder).items():
         mapped = to_first_release(name)
         if mapped is not None and mapped.transposed:
-            tensor = replace(tensor, shape=tensor.shape[::-1], read=_transposed(tensor.read))
+            tensor = replace(tensor, shape=tensor.shape[::-1], read=_transposed(tensor.read), offset=None)
         tensors[name if mapped is None else mapped.name] = tensor
     return tensors
 

@@ -3,6 +3,7 @@
 
 import json
 import pickle
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -30,13 +31,14 @@ REOPEN_AFTER = 256 * 2**20
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: its name there, what it will be, and how to read it."""
+    """A tensor in a file: its name there, what it will be, how to read it, and where its bytes begin, if known."""
 
     name: str
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
+    offset: int | None = None
 
     def __str__(self) -> str:
         return f"{self.name} in {self.file.name}"
@@ -102,13 +104,25 @@ def _list_safetensors(path: Path) -> dict[str, StoredTensor]:
     tensors = {}
     try:
         with safe_open(path, framework="pt") as file:
+            offsets = _safetensors_offsets(path)
             for name in file.keys():
                 piece = file.get_slice(name)
                 dtype, shape = SAFETENSORS_DTYPES[piece.get_dtype()], tuple(piece.get_shape())
-                tensors[name] = StoredTensor(name, path, dtype, shape, partial(_read_safetensors, path, name))
+                read = partial(_read_safetensors, path, name)
+                tensors[name] = StoredTensor(name, path, dtype, shape, read, offsets[name])
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path.name} is damaged or cut short ({error}); fetch it again.") from error
     return tensors
+
+
+def _safetensors_offsets(path: Path) -> dict[str, int]:
+    """Where each tensor's bytes begin: the library, which has checked the file by now, does not tell."""
+    with open(path, "rb") as file:
+        (header_length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(header_length))
+    return {
+        name: 8 + header_length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"
+    }
 
 
 def _read_safetensors(path: Path, name: str) -> torch.Tensor:
