@@ -20,6 +20,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# Options that several commands share.
+ImageFeatureSource = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="How the image becomes tokens, instead of what the tower's config.json says: one or more of "
+        "spatial_avg_pool, temporal_avg_pool, last_frame, separated by commas."
+    ),
+]
+MaxShardSize = Annotated[str, typer.Option(help="Size of a file of weights at most.")]
+
 
 @app.callback()
 def _options(
@@ -36,20 +46,14 @@ def convert(
     vision_tower: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the checkpoint's Florence-2, where SOURCE has none.")
     ] = None,
-    image_feature_source: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="How the image becomes tokens, instead of what the tower's config.json says: one or more of "
-            "spatial_avg_pool, temporal_avg_pool, last_frame, separated by commas."
-        ),
-    ] = None,
+    image_feature_source: ImageFeatureSource = None,
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32. By default, as in the checkpoint.")
     ] = None,
     chat_template: Annotated[
         str | None, typer.Option(help="llama3, phi3, vicuna or plain. By default, the one that fits the checkpoint.")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Size of a file of weights at most.")] = "5GB",
+    max_shard_size: MaxShardSize = "5GB",
     base: Annotated[
         str | None,
         typer.Option(help="Where SOURCE holds a projector or LoRA alone: the model that it is put onto."),
@@ -93,7 +97,7 @@ def export(
             "not use. Without, it starts them at random.",
         ),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Size of a file of weights at most.")] = "5GB",
+    max_shard_size: MaxShardSize = "5GB",
 ) -> None:
     """Turn a model back into a checkpoint that the original code loads."""
     from .conversion import export as export_model
@@ -135,13 +139,7 @@ def assemble(
             "under one of their names, instead of it. May be given several times.",
         ),
     ] = None,
-    image_feature_source: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="How the image becomes tokens, instead of what the tower's config.json says: one or more of "
-            "spatial_avg_pool, temporal_avg_pool, last_frame, separated by commas."
-        ),
-    ] = None,
+    image_feature_source: ImageFeatureSource = None,
     projector_depth: Annotated[int, typer.Option(help="Number of linear layers of the projector.")] = 3,
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32. By default, the language model's.")
@@ -153,7 +151,7 @@ def assemble(
             "conversations."
         ),
     ] = "plain",
-    max_shard_size: Annotated[str, typer.Option(help="Size of a file of weights at most.")] = "5GB",
+    max_shard_size: MaxShardSize = "5GB",
 ) -> None:
     """Put a Florence-2 and a language model together, with a new projector, ready for pretraining."""
     from .conversion import assemble as assemble_model
