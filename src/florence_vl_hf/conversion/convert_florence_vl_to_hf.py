@@ -19,7 +19,6 @@ from .errors import CheckpointError
 from .key_mapping import ORIGINAL_TOWER, to_converted, to_original
 from .model_card import write_model_card
 from .original_model import find_tower_tensors, read_original_model, tower_folder
-from .original_processor import fitting_chat_template
 from .output_folder import ByteRange, check_disk_space, folder_in_place_when_complete, write_weights
 from .remote_code import write_remote_code
 from .stored_tensors import StoredTensor, find_tensors, read_json
@@ -69,7 +68,7 @@ def plan_conversion(
     model = read_original_model(source, vision_tower, image_feature_source, stored)
 
     tensors = plan_tensors(model.config, stored, model.num_original_rows, dtype)
-    chat_template = chat_template or fitting_chat_template(model.original, model.tokenizer)
+    chat_template = chat_template or model.fitting_chat_template
     model.config.dtype = tensors[TABLES_OF_WORDS[0]].dtype
     return ConversionPlan(
         config=model.config,

@@ -84,7 +84,8 @@ def load_config(name_or_path: str | Path, **kwargs: Any) -> FlorenceVLConfig:
 
 def load_processor(name_or_path: str | Path, **kwargs: Any) -> FlorenceVLProcessor:
     """The processor of an original checkpoint."""
-    return _read(name_or_path, kwargs).build_processor()
+    model = _read(name_or_path, kwargs)
+    return model.build_processor(model.fitting_chat_template)
 
 
 def load_model(

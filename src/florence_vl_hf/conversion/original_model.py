@@ -32,21 +32,25 @@ TOWER_FOLDER = "vision_tower"
 class OriginalModel:
     """An original checkpoint, translated but for its weights."""
 
-    source: Path
     original: dict[str, Any]
     config: FlorenceVLConfig
     tower: TowerSettings
     tokenizer: PreTrainedTokenizerBase
     num_original_rows: int
 
-    def build_processor(self, chat_template: str | None = None) -> FlorenceVLProcessor:
-        """The processor of the model, with the conversation format that fits or the one that is named."""
+    @property
+    def fitting_chat_template(self) -> str:
+        """The name of the conversation format that the model was finetuned on."""
+        return fitting_chat_template(self.original, self.tokenizer)
+
+    def build_processor(self, chat_template: str) -> FlorenceVLProcessor:
+        """The processor of the model, with the conversation format that is named."""
         return build_processor(
             self.tower,
             self.tokenizer,
             self.config.num_image_tokens,
             do_pad=self.original.get("image_aspect_ratio") == "pad",
-            chat_template=chat_template or fitting_chat_template(self.original, self.tokenizer),
+            chat_template=chat_template,
         )
 
 
@@ -120,7 +124,7 @@ def read_original_model(
         )
     except ValueError as error:
         raise CheckpointError(f"The configuration of {source} contradicts itself: {error}") from error
-    return OriginalModel(source, original, config, tower, tokenizer, num_original_rows)
+    return OriginalModel(original, config, tower, tokenizer, num_original_rows)
 
 
 __all__ = ["OriginalModel", "find_tower_tensors", "read_original_model", "tower_folder"]
