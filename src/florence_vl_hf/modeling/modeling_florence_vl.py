@@ -16,6 +16,8 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -439,6 +441,10 @@ class FlorenceVLPreTrainedModel(PreTrainedModel):
             module.reset_buffers()
 
 
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
 @auto_docstring(
     custom_intro="""
     The Florence-VL model: a vision tower that reads each image under several prompts, the fusion of what it saw, a
@@ -455,6 +461,19 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
+    def train(self, mode: bool = True) -> "FlorenceVLModel":
+        """As in PyTorch; but a part of which no parameter is trained stays in evaluation mode, without dropout."""
+        super().train(mode)
+        for part in (self.vision_tower, self.multi_modal_projector, self.language_model):
+            if not _is_trained(part):
+                part.eval()
+        # Gradients pass through a frozen language model to the projector, and only layers in training mode are
+        # checkpointed. What a layer holds, dropout above all, stays as it is.
+        for layer in self.language_model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.training = mode
+        return self
+
     @can_return_tuple
     @auto_docstring(custom_intro="Looks at images: the tower's features, their fusion, and its projection.")
     def get_image_features(
@@ -468,7 +487,10 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             kwargs.setdefault(recorded, getattr(self.config, recorded))
 
         prompt_ids, prompt_mask = self.prompts()
-        seen = self.vision_tower(pixel_values, prompt_ids, prompt_mask, **kwargs)
+        # Adapters and checkpointing ask all embeddings for gradients, the prompts' too. A frozen tower keeps nothing.
+        needs_gradients = pixel_values.requires_grad or _is_trained(self.vision_tower)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and needs_gradients):
+            seen = self.vision_tower(pixel_values, prompt_ids, prompt_mask, **kwargs)
         named_features = {IMAGE_FEATURE: seen.image_feature}
         if seen.prompt_features is not None:
             named_features.update(zip(self.config.fusion_prompts, seen.prompt_features, strict=True))
@@ -512,6 +534,25 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         )
         return image_mask.unsqueeze(-1).to(inputs_embeds.device)
 
+    def _needs_weightless_image(self) -> bool:
+        """Whether tower and projector must be used although there is no image."""
+        if self.training and not _is_trained(self.language_model):
+            # The loss of text alone would have no gradient.
+            return True
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return False
+        # Other processes wait until this one has used them too, for gradients or for its share of the weights.
+        is_sharded = is_deepspeed_zero3_enabled() or is_fsdp_enabled()
+        return torch.distributed.get_world_size() > 1 and (self.training or is_sharded)
+
+    def _weightless_image_feature(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """A black image's feature times zero, of shape `(1, text_hidden_size)`: no value or gradient changes."""
+        pixel_values = torch.zeros(
+            (1, *self.vision_tower.image_shape), dtype=self.vision_tower.dtype, device=inputs_embeds.device
+        )
+        feature = self.get_image_features(pixel_values, return_dict=True).pooler_output[0][:1]
+        return 0 * feature.to(inputs_embeds.device, inputs_embeds.dtype)
+
     @can_return_tuple
     @auto_docstring
     def forward(
@@ -548,6 +589,8 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_features)
+        elif past_key_values is None and self._needs_weightless_image():
+            inputs_embeds = inputs_embeds + self._weightless_image_feature(inputs_embeds)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
