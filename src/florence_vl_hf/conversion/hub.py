@@ -7,11 +7,11 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.utils import validate_repo_id
 
+from ..model_cards import CARD_FILE
 from ..modeling import FlorenceVLConfig
 from ..processing import FlorenceVLProcessor
 from .convert_florence_vl_to_hf import tensor_shapes
 from .errors import CheckpointError
-from .model_card import CARD_FILE
 from .original_processor import TOKENIZER_FILES
 from .remote_code import AUTO_MAPS, auto_map, remote_modules
 from .stored_tensors import find_tensors, read_json

@@ -7,13 +7,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
+from ..model_cards import write_card
 from .conversion_plan import ConversionPlan
 
 
-CARD_FILE = "README.md"
-TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 VISION_TOWER = "microsoft/Florence-2-large"
 
 CAPTIONS = ("tomg-group-umd/pixelprose", "Lin-Chen/ShareGPT4V")
@@ -135,9 +134,10 @@ def write_model_card(
         assumptions = [assumed.replace(str(place), _public_name(stands_for)) for assumed in assumptions]
     words = plan.tensors["model.language_model.embed_tokens.weight"]
     is_cast = any(tensor.dtype != tensor.stored.dtype for tensor in plan.tensors.values())
-    card = ModelCard.from_template(
+    write_card(
+        folder,
+        "converted.md.jinja",
         _metadata(published),
-        template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=name,
         hub_id=hub_id,
         base_name=base and _public_name(base),
@@ -149,7 +149,6 @@ def write_model_card(
         assumptions=assumptions,
         verify_commands=verify_commands(hub_id or "ORIGINAL", name),
     )
-    card.save(folder / CARD_FILE)
 
 
 def _public_name(folder_or_id: str | Path) -> str:
@@ -169,4 +168,4 @@ def _metadata(published: PublishedCheckpoint | None) -> ModelCardData:
     )
 
 
-__all__ = ["CARD_FILE", "PUBLISHED_RESULTS", "PublishedCheckpoint", "hub_id_of", "verify_commands", "write_model_card"]
+__all__ = ["PUBLISHED_RESULTS", "PublishedCheckpoint", "hub_id_of", "verify_commands", "write_model_card"]
