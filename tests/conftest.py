@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from florence_vl_hf import FlorenceVLConfig, FlorenceVLForConditionalGeneration, FlorenceVLProcessor
+from florence_vl_hf.cli import main
 from florence_vl_hf.conversion import convert
 
 
@@ -68,6 +69,13 @@ class Golden:
 def collapse(ids: list[int], values: list[int], image_token_id: int) -> list[int]:
     """`values` with one entry for each run of image tokens among `ids`, as the original counts them."""
     return [v for i, v in enumerate(values) if i == 0 or not ids[i] == ids[i - 1] == image_token_id]
+
+
+def status(*arguments: str | Path) -> int:
+    """What the command `florence-vl` ends with: 0 if all went well."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    return exit_.value.code
 
 
 @pytest.fixture(scope="session", params=["llama-small", "phi-small"])

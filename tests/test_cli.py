@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText
 
 from florence_vl_hf.cli import main
 
-from .conftest import FIXTURES
+from .conftest import FIXTURES, status
 
 
 LLAMA = FIXTURES / "llama-small"
@@ -17,12 +17,6 @@ LLAMA = FIXTURES / "llama-small"
 def run(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "florence_vl_hf.cli", *map(str, arguments)]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
-
-
-def status(*arguments: str | Path) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(argument) for argument in arguments])
-    return exit_.value.code
 
 
 class TestConvert:

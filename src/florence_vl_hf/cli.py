@@ -1,6 +1,7 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """The command `florence-vl`. Commands import what they need when they run: torch alone takes seconds."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -182,6 +183,118 @@ def assemble(
     )
 
 
+@app.command("check-data")
+def check_data(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="Conversations: a .json, .jsonl or .parquet file, a folder of the library datasets, or a Hub id.",
+        ),
+    ],
+    image_folder: Annotated[
+        Path | None, typer.Option(help="What paths of pictures are relative to. By default, FILE's folder.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the model to train, to count tokens with.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(help="What training cuts samples at, in tokens.", min=1)] = 2048,
+    chat_template: Annotated[
+        str | None, typer.Option(help="llama3, phi3, vicuna or plain. By default, the model's own.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that read. By default, one per core.", min=0)] = None,
+    split: Annotated[str, typer.Option(help="Of a dataset that has several.")] = "train",
+    show: Annotated[int, typer.Option(help="How many samples are named of each kind of problem.", min=0)] = 5,
+    report: Annotated[
+        Path | None, typer.Option(help="A .jsonl file to write, with every problem.", metavar="FILE.jsonl")
+    ] = None,
+) -> None:
+    """Read all conversations and pictures once, before training does. The status is 1 if there are problems."""
+    from transformers import AutoProcessor
+
+    from .training import check_data as checks
+    from .training.conversation_data import load_conversations
+
+    if chat_template is not None and model is None:
+        raise typer.BadParameter("It takes the tokenizer of a --model.", param_hint="--chat-template")
+    processor = None if model is None else AutoProcessor.from_pretrained(model)
+    found = checks.check_data(
+        load_conversations(file, image_folder, split),
+        processor,
+        max_length=max_length,
+        chat_template=chat_template,
+        num_workers=workers,
+        num_examples=show,
+        report_file=report,
+    )
+    typer.echo(checks.format_report(found))
+    if not found.is_sound:
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file of settings, such as those in recipes/.")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting instead of the recipe's; several times."),
+    ] = None,
+) -> None:
+    """Train a model as a recipe says, or go on where the run was cut off."""
+    import logging
+
+    from .training.arguments import read_recipe
+    from .training.training_run import train as train_model
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # Every process of a run trains the same: one tells of it.
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger(__package__).setLevel(logging.INFO)
+    train_model(read_recipe(recipe, changes))
+
+
+@app.command()
+def plan_memory(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="YAML file of settings. Without, a table of the paper's runs and of others.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A setting instead of the recipe's. May be given several times."
+        ),
+    ] = None,
+    accelerate_config: Annotated[
+        Path | None, typer.Option(help="What `accelerate launch` is given, such as those in recipes/accelerate/.")
+    ] = None,
+    num_gpus: Annotated[int | None, typer.Option(help="GPUs of all machines together.", min=1)] = None,
+    sharding: Annotated[
+        Literal["none", "ddp", "zero2", "zero3", "fsdp2"] | None,
+        typer.Option(help="What the GPUs divide, instead of what the accelerate configuration says."),
+    ] = None,
+    shape: Annotated[
+        Literal["8b", "3b"] | None,
+        typer.Option(help="Plan for a published model's shape, not for the recipe's model."),
+    ] = None,
+    images_per_sample: Annotated[int, typer.Option(help="Pictures in each sample.", min=0)] = 1,
+) -> None:
+    """Say how much memory training takes per GPU. Only the model's configuration is read."""
+    from .modeling import FlorenceVLConfig
+    from .training import memory
+    from .training.arguments import read_recipe
+
+    if recipe is None:
+        typer.echo(memory.format_table(memory.plan_known_runs()))
+        return
+    model, config_changes, setup = memory.read_setup(
+        read_recipe(recipe, changes), num_gpus, sharding, accelerate_config, images_per_sample
+    )
+    config = memory.published_config(shape) if shape else FlorenceVLConfig.from_pretrained(model)
+    if config_changes:
+        config = FlorenceVLConfig.from_dict({**config.to_dict(), **config_changes})
+    typer.echo(memory.format_plan(memory.plan_memory(config, setup)))
+
+
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a converted or trained model.")],
@@ -206,6 +319,31 @@ def chat(
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     while question := _ask():
         session.answer(question, streamer, generation_config)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="Folder or Hub id of a LoRA adapter that peft saved.")],
+    output: Annotated[Path, typer.Argument(help="Folder to make. It appears when it is complete.")],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Folder or Hub id of the model below the adapter, not quantized. By default, the one that the "
+            "adapter names.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32. By default, as the base is stored.")
+    ] = None,
+    max_shard_size: MaxShardSize = "5GB",
+) -> None:
+    """Make an adapter part of its base: a model that loads without peft."""
+    from .training.adapters import merge_adapter
+
+    model = merge_adapter(adapter, output, base=base, dtype=_dtype(dtype), max_shard_size=max_shard_size)
+    num_parameters = model.num_parameters() / 1e6
+    typer.echo(f"Wrote {output}: {model.config.text_config.model_type}, {num_parameters:,.1f} million parameters.")
 
 
 @app.command()

@@ -1,0 +1,174 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+"""Transformers' `Trainer`, with learning rates per part and answers in evaluation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+from transformers import PreTrainedModel, Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_enabled
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..conversion import write_remote_code
+from .arguments import FlorenceVLTrainingArguments
+from .collator import IGNORED_LABEL, FlorenceVLCollator
+from .stages import parameter_groups
+
+
+# Takes answers and references, of equal number, and returns numbers by name.
+AnswerMetric = Callable[[list[str], list[str]], dict[str, float]]
+
+
+def exact_match(answers: list[str], references: list[str]) -> dict[str, float]:
+    """Share of answers that equal their reference, but for white space around them."""
+    num_equal = sum(a.strip() == b.strip() for a, b in zip(answers, references, strict=True))
+    return {"exact_match": num_equal / len(references) if references else 0.0}
+
+
+class FlorenceVLTrainer(Trainer):
+    """
+    A `Trainer` of Florence-VL models, for rows of conversations.
+
+    Beside what `Trainer` does: learning rates of tower and projector (`args.projector_learning_rate`,
+    `args.vision_tower_learning_rate`); in evaluation, answers that the model generates (`args.predict_with_generate`);
+    folders that load also where this package is not installed; and the number of broken samples in the logs.
+
+    Args:
+        model (`FlorenceVLForConditionalGeneration` or `peft.PeftModel`): After `set_trainable`, or with adapters.
+        args (`FlorenceVLTrainingArguments`): As of `Trainer`.
+        data_collator (`FlorenceVLCollator`): Rows become batches by it, and in evaluation also prompts.
+        answer_metric (`Callable`, *optional*): Measures generated answers; `exact_match` by default.
+        kwargs: Of `Trainer`.
+    """
+
+    args: FlorenceVLTrainingArguments
+    data_collator: FlorenceVLCollator
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: FlorenceVLTrainingArguments,
+        data_collator: FlorenceVLCollator,
+        answer_metric: AnswerMetric = exact_match,
+        **kwargs: Any,
+    ) -> None:
+        kwargs.setdefault("processing_class", data_collator.processor)
+        super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        self.answer_metric = answer_metric
+        if args.predict_with_generate and (is_deepspeed_zero3_enabled() or is_fsdp_enabled()):
+            raise ValueError(
+                "Got `predict_with_generate` for a model whose weights are split over processes (FSDP or ZeRO-3), "
+                "which would each have to answer as many questions of the same kind; leave it out, and measure "
+                "answers of the saved model."
+            )
+
+    def get_optimizer_cls_and_kwargs(
+        self, args: FlorenceVLTrainingArguments, model: PreTrainedModel | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """As in `Trainer`, with the trained parameters grouped by their part's learning rate, where one is given."""
+        optimizer_cls, optimizer_kwargs = super().get_optimizer_cls_and_kwargs(args, model)
+        learning_rates = {"projector": args.projector_learning_rate, "vision_tower": args.vision_tower_learning_rate}
+        # Some optimizers bring parameter groups of their own.
+        if any(learning_rates.values()) and "params" not in optimizer_kwargs:
+            model = self.model if model is None else model
+            decay_parameters = set(self.get_decay_parameter_names(model))
+            optimizer_kwargs["params"] = parameter_groups(model, decay_parameters, args.weight_decay, learning_rates)
+        return optimizer_cls, optimizer_kwargs
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """As in `Trainer`; the loss of a batch without labels, all of whose samples are broken, is zero."""
+        # Not the mean over no label, which is not a number.
+        if num_items_in_batch is None:
+            if not inputs["labels"][..., 1:].ne(IGNORED_LABEL).any():
+                num_items_in_batch = 1
+        else:
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in `Trainer`; with `predict_with_generate`, also measures answers of the model."""
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        if self.args.predict_with_generate:
+            answers, references = self.generate_answers(dataloader.dataset)
+            measured = self.answer_metric(answers, references)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
+        return output
+
+    def generate_answers(self, dataset: Any) -> tuple[list[str], list[str]]:
+        """
+        Let the model answer the last question of each row, greedily. Processes share the rows.
+
+        Args:
+            dataset (`datasets.Dataset` or any sequence): Rows of conversations.
+
+        Returns:
+            `tuple[list[str], list[str]]`: Answers of the model, and the right ones. Broken rows are left out of both.
+        """
+        model = self.accelerator.unwrap_model(self.model).eval()
+        own_rows = Subset(dataset, range(self.args.process_index, len(dataset), self.args.world_size))
+        prompts = DataLoader(
+            own_rows,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.data_collator.prompts,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        pairs: list[tuple[str, str]] = []
+        for inputs, references in tqdm(prompts, desc="Answering", disable=self.args.disable_tqdm, leave=False):
+            if not references:
+                continue
+            inputs = self._prepare_inputs(inputs)
+            with torch.inference_mode(), self.compute_loss_context_manager():
+                output_ids = model.generate(
+                    **inputs,
+                    max_new_tokens=self.args.generation_max_new_tokens,
+                    do_sample=False,
+                    use_cache=True,
+                )
+            answers = self.data_collator.processor.batch_decode(
+                output_ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            )
+            pairs += zip(answers, references, strict=True)
+        if self.args.world_size > 1:
+            gathered: list[Any] = [None] * self.args.world_size
+            torch.distributed.all_gather_object(gathered, pairs)
+            pairs = [pair for of_process in gathered for pair in of_process]
+        return [answer for answer, _ in pairs], [reference for _, reference in pairs]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `Trainer`, with the number of samples that this process left out because they are broken."""
+        if self.data_collator.num_skipped:
+            logs["skipped_samples"] = self.data_collator.num_skipped
+        super().log(logs, start_time)
+
+    def total_skipped(self) -> int:
+        """How often all processes together left a broken sample out. All of them must ask."""
+        counted = torch.tensor(self.data_collator.num_skipped, device=self.args.device)
+        return int(self.accelerator.reduce(counted, reduction="sum"))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`; a whole model's folder also gets the code that it loads with where this package is not."""
+        super().save_model(output_dir, _internal_call)
+        is_whole = isinstance(self.accelerator.unwrap_model(self.model), PreTrainedModel)
+        if is_whole and self.args.should_save:
+            write_remote_code(output_dir or self.args.output_dir)
+
+
+__all__ = ["AnswerMetric", "FlorenceVLTrainer", "exact_match"]

@@ -1,0 +1,165 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+import logging
+
+import pytest
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from florence_vl_hf.training import STAGES, set_trainable
+from florence_vl_hf.training.stages import PARTS, parameter_groups, part_of
+
+from ..conftest import tiny_config, tiny_inputs, tiny_model
+
+
+# Written out, and not taken from the code: the paper's recipes, and what goes beside them.
+TRAINED = {
+    "pretrain": {"vision_tower", "multi_modal_projector", "language_model", "lm_head"},
+    "finetune": {"multi_modal_projector", "language_model", "lm_head"},
+    "projector": {"multi_modal_projector"},
+    "language_model": {"language_model", "lm_head"},
+    "vision": {"vision_tower", "multi_modal_projector"},
+}
+
+
+def children(model) -> dict[str, torch.nn.Module]:
+    names = ("vision_tower", "multi_modal_projector", "language_model")
+    return {**{name: getattr(model.model, name) for name in names}, "lm_head": model.lm_head}
+
+
+def backward(model, images_per_row=(1, 0)) -> None:
+    inputs = tiny_inputs(model.config, list(images_per_row))
+    model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == 98, -100)).loss.backward()
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_gradients_reach_exactly_what_is_trained(stage):
+    model = tiny_model().train()
+    counted = set_trainable(model, stage)
+    backward(model)
+    for name, part in children(model).items():
+        reached = {parameter.grad is not None for parameter in part.parameters()}
+        assert reached == {name in TRAINED[stage]}, name
+    assert sum(counted.values()) == sum(p.numel() for p in model.parameters() if p.grad is not None)
+
+
+def test_stages_are_all_known_here():
+    assert set(STAGES) == set(TRAINED)
+
+
+def test_unknown_stage_lists_the_known():
+    with pytest.raises(ValueError, match="'finetuning'.*'pretrain', 'finetune', 'projector'"):
+        set_trainable(tiny_model(), "finetuning")
+
+
+def test_what_is_trained_is_logged(caplog):
+    with caplog.at_level(logging.INFO, logger="florence_vl_hf"):
+        set_trainable(tiny_model(), "projector")
+    assert "vision_tower frozen; projector trained" in caplog.text
+    assert "language_model frozen" in caplog.text
+
+
+class TestFrozenParts:
+    def test_stay_in_evaluation_mode(self):
+        model = tiny_model().train()
+        set_trainable(model, "finetune")
+        for _ in range(2):
+            assert not any(module.training for module in model.model.vision_tower.modules())
+            assert all(module.training for module in model.model.multi_modal_projector.modules())
+            assert all(module.training for module in model.model.language_model.modules())
+            model.train()
+        model.eval()
+        assert not any(module.training for module in model.modules())
+
+    def test_thawed_parts_go_back_to_training_mode(self):
+        model = tiny_model().train()
+        set_trainable(model, "projector")
+        set_trainable(model, "pretrain")
+        assert all(module.training for module in model.modules())
+
+    def test_dropout_is_off(self):
+        settings = tiny_config().to_dict()
+        settings["vision_config"]["text_config"]["dropout"] = 0.5
+        model = tiny_model(vision_config=settings["vision_config"]).train()
+        pixels = tiny_inputs(model.config, [1])["pixel_values"]
+        assert not torch.equal(*(model.get_image_features(pixels).last_hidden_state for _ in range(2)))
+        set_trainable(model, "finetune")
+        assert torch.equal(*(model.get_image_features(pixels).last_hidden_state for _ in range(2)))
+
+    def test_tower_keeps_no_activations(self):
+        model = tiny_model().train()
+        set_trainable(model, "projector")
+        # As Trainer and peft do with checkpointing: also the embeddings of the tower's prompts ask for gradients.
+        model.enable_input_require_grads()
+        features = model.get_image_features(tiny_inputs(model.config, [1])["pixel_values"])
+        assert not features.last_hidden_state.requires_grad
+        assert features.pooler_output[0].requires_grad
+
+    def test_gradients_of_the_pixels_still_pass(self):
+        model = tiny_model()
+        set_trainable(model, "projector")
+        pixels = tiny_inputs(model.config, [1])["pixel_values"].requires_grad_()
+        model.get_image_features(pixels).pooler_output[0].sum().backward()
+        assert pixels.grad.abs().sum() > 0
+
+    def test_language_model_is_checkpointed_on_the_way_to_the_projector(self):
+        model = tiny_model().train()
+        set_trainable(model, "projector")
+        backward(model)
+        expected = [parameter.grad.clone() for parameter in model.model.multi_modal_projector.parameters()]
+        model.zero_grad()
+
+        model.gradient_checkpointing_enable()
+        model.train()
+        layers = [m for m in model.model.language_model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        num_runs = []
+        for layer in layers:
+            layer.mlp.register_forward_pre_hook(lambda *_: num_runs.append(1))
+        backward(model)
+        assert len(num_runs) == 2 * len(layers)
+        assert not any(layer.mlp.training for layer in layers)
+        actual = [parameter.grad for parameter in model.model.multi_modal_projector.parameters()]
+        torch.testing.assert_close(actual, expected)
+
+
+def test_text_alone_reaches_the_projector_with_zero_gradients_if_nothing_else_is_trained():
+    model = tiny_model().train()
+    set_trainable(model, "projector")
+    backward(model, images_per_row=(0, 0))
+    assert all((parameter.grad == 0).all() for parameter in model.model.multi_modal_projector.parameters())
+
+
+def test_an_encoder_that_reads_no_prompt_is_frozen():
+    model = tiny_model(fusion_features=["image"]).train()
+    set_trainable(model, "pretrain")
+    backward(model)
+    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert unused == []
+
+
+class TestParameterGroups:
+    def test_each_parameter_is_in_the_group_of_its_part(self):
+        model = tiny_model()
+        set_trainable(model, "pretrain")
+        rates = {"projector": 1e-3, "vision_tower": 1e-6}
+        decaying = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+        groups = parameter_groups(model, decaying, weight_decay=0.1, learning_rates=rates)
+        found = {id(p): (group.get("lr"), group["weight_decay"]) for group in groups for p in group["params"]}
+        assert len(found) == sum(len(group["params"]) for group in groups)
+        wanted = {"vision_tower": 1e-6, "multi_modal_projector": 1e-3, "language_model": None, "lm_head": None}
+        for name, part in children(model).items():
+            for parameter in part.parameters():
+                assert found[id(parameter)] == (wanted[name], 0.1 if parameter.ndim > 1 else 0.0)
+
+    def test_frozen_parameters_are_in_none(self):
+        model = tiny_model()
+        set_trainable(model, "projector")
+        [group] = parameter_groups(model, set(), 0.0, {})
+        assert len(group["params"]) == len(list(model.model.multi_modal_projector.parameters()))
+
+
+def test_names_behind_wrappers_belong_to_their_part():
+    assert part_of("base_model.model.model.multi_modal_projector.modules_to_save.default.layers.0.bias") == "projector"
+    assert part_of("module.model.language_model.layers.0.mlp.up_proj.lora_A.default.weight") == "language_model"
+    assert {part_of(name) for name, _ in tiny_model().named_parameters()} == set(PARTS)
+    with pytest.raises(ValueError, match="other.weight"):
+        part_of("other.weight")

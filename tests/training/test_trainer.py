@@ -1,0 +1,162 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+import datasets
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForImageTextToText
+
+from florence_vl_hf.training import (
+    FlorenceVLCollator,
+    FlorenceVLTrainer,
+    FlorenceVLTrainingArguments,
+    load_conversations,
+    set_trainable,
+    with_lengths,
+)
+from florence_vl_hf.training.stages import part_of
+from florence_vl_hf.training.trainer import exact_match
+
+
+@pytest.fixture
+def rows(golden, data_file):
+    return load_conversations(data_file, golden.folder / "images")
+
+
+def make_trainer(converted, processor, output_dir, rows, stage="finetune", on_error="raise", **settings):
+    model = AutoModelForImageTextToText.from_pretrained(converted, dtype=torch.float32)
+    set_trainable(model, stage)
+    args = FlorenceVLTrainingArguments(
+        output_dir=str(output_dir), use_cpu=True, disable_tqdm=True, save_strategy="no", **settings
+    )
+    collator = FlorenceVLCollator(processor, max_length=2048, on_error=on_error)
+    return FlorenceVLTrainer(model, args, collator, train_dataset=rows, eval_dataset=rows)
+
+
+class TestLearningRates:
+    def test_parts_have_their_own(self, converted, processor, tmp_path, rows):
+        trainer = make_trainer(
+            converted,
+            processor,
+            tmp_path,
+            rows,
+            stage="pretrain",
+            learning_rate=1e-5,
+            projector_learning_rate=1e-3,
+            vision_tower_learning_rate=1e-6,
+        )
+        optimizer = trainer.create_optimizer()
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        wanted = {"vision_tower": 1e-6, "projector": 1e-3, "language_model": 1e-5}
+        for name, parameter in trainer.model.named_parameters():
+            assert rates.pop(id(parameter)) == wanted[part_of(name)], name
+        assert not rates
+
+    def test_a_part_without_rate_stands_still_beside_one_with(self, converted, processor, tmp_path, rows):
+        trainer = make_trainer(
+            converted, processor, tmp_path, rows, learning_rate=0.0, projector_learning_rate=1e-3, max_steps=2
+        )
+        before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+        trainer.train()
+        moved = {part_of(name) for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+        assert moved == {"projector"}
+
+
+def test_four_batches_of_two_are_one_of_eight(converted, processor, tmp_path, rows):
+    # The rows have answers of different lengths, one and two rounds, and pictures or none: a mean of means is not
+    # their mean. With plain gradient descent, differences are not blown up.
+    trained, losses = [], []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        trainer = make_trainer(
+            converted,
+            processor,
+            tmp_path,
+            rows,
+            stage="pretrain",
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=3,
+            optim="sgd",
+            learning_rate=1e-3,
+            max_grad_norm=0.0,
+            logging_steps=1,
+        )
+        # Their dropout and stochastic depth draw other numbers for other batches.
+        for module in trainer.model.modules():
+            for name in ("dropout", "drop_prob", "attention_dropout", "activation_dropout"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
+        trainer.train()
+        trained.append({name: parameter.detach() for name, parameter in trainer.model.named_parameters()})
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
+    assert_close(trained[0], trained[1], rtol=1e-4, atol=1e-6)
+
+
+class TestEvaluation:
+    def right_answers(self, trainer, rows) -> list[str]:
+        """What the model says when it is asked one row at a time."""
+        answers = []
+        for row in rows:
+            inputs, _ = trainer.data_collator.prompts([row])
+            output_ids = trainer.model.generate(**inputs, max_new_tokens=5, do_sample=False)
+            new_ids = output_ids[0, inputs["input_ids"].shape[1] :]
+            answers.append(trainer.processing_class.decode(new_ids, skip_special_tokens=True))
+        return answers
+
+    def test_answers_of_a_batch_are_those_of_single_questions(self, converted, processor, tmp_path, rows):
+        trainer = make_trainer(
+            converted, processor, tmp_path, rows, predict_with_generate=True, generation_max_new_tokens=5
+        )
+        expected = self.right_answers(trainer, rows)
+        answers, references = trainer.generate_answers(rows)
+        assert answers == expected
+        assert references == [row["messages"][-1]["content"][0]["text"] for row in rows]
+
+        def answered_as_expected(answers: list[str], references: list[str]) -> dict[str, float]:
+            return exact_match(answers, [*expected[:-2], "no", "no"])
+
+        trainer.answer_metric = answered_as_expected
+        measured = trainer.evaluate()
+        assert measured["eval_exact_match"] == 0.75
+        assert measured["eval_loss"] > 0
+        assert trainer.state.log_history[-1]["eval_exact_match"] == 0.75
+
+    def test_without_it_only_the_loss(self, converted, processor, tmp_path, rows):
+        measured = make_trainer(converted, processor, tmp_path, rows).evaluate()
+        assert "eval_loss" in measured and "eval_exact_match" not in measured
+
+
+def test_exact_match_is_of_whole_answers():
+    assert exact_match(["A fox.", " A fox.\n", "a fox.", ""], ["A fox."] * 4) == {"exact_match": 0.5}
+
+
+class TestBrokenSamples:
+    def test_a_batch_without_any_sound_sample_changes_nothing(self, converted, processor, tmp_path, rows):
+        broken = rows.select([0, 1]).map(lambda row: {"images": ["nowhere.png"]})
+        trainer = make_trainer(
+            converted, processor, tmp_path, broken, on_error="skip", max_steps=1, logging_steps=1, weight_decay=0.0
+        )
+        before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+        trainer.train()
+        assert_close(dict(trainer.model.named_parameters()), before, rtol=0, atol=0)
+        first = trainer.state.log_history[0]
+        assert (first["loss"], first["skipped_samples"]) == (0.0, 2)
+        assert trainer.evaluate()["eval_loss"] == 0.0
+        assert trainer.total_skipped() == 4
+
+
+def test_grouping_puts_rows_with_pictures_beside_each_other(converted, processor, tmp_path, rows):
+    grouped = with_lengths(datasets.concatenate_datasets([rows] * 50), processor.num_image_tokens)
+    has_pictures = [bool(images) for images in grouped["images"]]
+    trainer = make_trainer(
+        converted,
+        processor,
+        tmp_path,
+        grouped,
+        train_sampling_strategy="group_by_length",
+        per_device_train_batch_size=2,
+    )
+    order = [has_pictures[i] for i in trainer._get_train_sampler()]
+    kinds = [set(order[start : start + 2]) for start in range(0, len(order), 2)]
+    # The sampler sorts 50 batches at a time: in each such lot, one batch at most is of both kinds.
+    assert len(kinds) == 200 and sum(len(kind) == 2 for kind in kinds) <= 4

@@ -1,0 +1,210 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from florence_vl_hf.conversion.hub import files_to_push
+from florence_vl_hf.processing import load_chat_template
+from florence_vl_hf.training import train
+from florence_vl_hf.training.stages import part_of
+
+from ..conftest import status
+
+
+# Trains as the recipe in its first argument says, and is killed when half of the optimizer's state of the second
+# checkpoint is written.
+KILLED_IN_MID_SAVE = """
+import io, os, signal, sys
+import torch, yaml
+from florence_vl_hf.training import train
+
+save = torch.save
+
+def save_half(state, path, *arguments, **kwargs):
+    if not str(path).endswith("checkpoint-4/optimizer.pt"):
+        return save(state, path, *arguments, **kwargs)
+    whole = io.BytesIO()
+    save(state, whole)
+    with open(path, "wb") as file:
+        file.write(whole.getvalue()[: whole.tell() // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = save_half
+train(yaml.safe_load(open(sys.argv[1])))
+"""
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+class TestWholeModel:
+    def test_recipe_to_folder(self, recipe, tmp_path, golden, capsys):
+        evaluated = {"eval_file": recipe["train_file"], "predict_with_generate": True, "generation_max_new_tokens": 4}
+        recipe |= evaluated | {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        assert status("train", path, "--set", "max_steps=3", "--set", "chat_template=vicuna") == 0
+        output = Path(recipe["output_dir"])
+
+        # It is complete, by the check that uploads make, and was trained.
+        assert {"model.safetensors", "README.md", "processor_config.json"} <= set(files_to_push(output))
+        model = AutoModelForImageTextToText.from_pretrained(output)
+        before = weights(recipe["model_name_or_path"])
+        moved = {
+            name.split(".")[1] for name, tensor in weights(output).items() if not tensor.equal(before[name].float())
+        }
+        assert moved == {"multi_modal_projector", "language_model", "weight"}
+        processor = AutoProcessor.from_pretrained(output)
+        assert processor.chat_template == load_chat_template("vicuna", processor.tokenizer)
+        inputs = processor(images=golden.image("odd.jpg"), text="<image>", return_tensors="pt")
+        assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
+
+        log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+        assert [entry["step"] for entry in log if "eval_exact_match" in entry] == [2, 3]
+        assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
+
+    def test_card_tells_what_was_done(self, recipe):
+        recipe |= {"eval_file": {"old": recipe["train_file"], "new": recipe["train_file"]}, "weight_decay": 0.0}
+        metrics = train(recipe | {"projector_learning_rate": 2e-3, "logging_steps": 2})
+        card = ModelCard.load(Path(recipe["output_dir"]) / "README.md")
+        assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-text-to-text"
+        for row in (
+            "| stage | finetune |",
+            "| data | data.json, 8 samples |",
+            "| steps | 4, 1.00 epochs |",
+            "| learning_rate | 0.001 |",
+            "| projector_learning_rate | 0.002 |",
+            f"| old | {metrics['eval_old_loss']:.4f} |",
+            f"| new | {metrics['eval_new_loss']:.4f} |",
+        ):
+            assert row in card.text, card.text
+        # No path of this machine.
+        assert str(Path(recipe["output_dir"]).parent) not in card.content
+        assert str(Path(recipe["model_name_or_path"]).parent) not in card.content
+
+    def test_another_fusion_starts_another_first_layer(self, recipe, caplog):
+        train(recipe | {"stage": "projector", "fusion_strategy": "token", "max_steps": 1})
+        model = AutoModelForImageTextToText.from_pretrained(recipe["output_dir"])
+        processor = AutoProcessor.from_pretrained(recipe["output_dir"])
+        before = AutoModelForImageTextToText.from_pretrained(recipe["model_name_or_path"]).config
+        assert model.config.fusion_strategy == "token"
+        assert processor.num_image_tokens == model.config.num_image_tokens == 4 * before.num_image_tokens
+        assert "first layer starts anew" in caplog.text
+
+    def test_pictures_are_padded_as_the_recipe_says(self, recipe):
+        for do_pad in (True, False):
+            output = f"{recipe['output_dir']}-{do_pad}"
+            train(recipe | {"do_pad": do_pad, "max_steps": 1, "output_dir": output})
+            assert AutoProcessor.from_pretrained(output).image_processor.do_pad == do_pad
+
+
+class TestAdapter:
+    def test_loads_through_peft(self, recipe, golden):
+        train(recipe | {"use_peft": True, "lora_r": 4, "logging_steps": 1, "seed": 3})
+        output = recipe["output_dir"]
+        base = AutoModelForImageTextToText.from_pretrained(recipe["model_name_or_path"], dtype=torch.float32).eval()
+        processor = AutoProcessor.from_pretrained(output)
+        content = [{"type": "image", "image": golden.image("odd.jpg")}, {"type": "text", "text": "What is shown?"}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        with torch.no_grad():
+            before = base(**inputs).logits
+            adapted = PeftModel.from_pretrained(base, output).eval()
+            after = adapted(**inputs).logits
+        assert (after - before).abs().max() > 1e-3
+        trained = {part_of(name) for name in load_file(Path(output) / "adapter_model.safetensors")}
+        assert trained == {"language_model", "projector"}
+        card = ModelCard.load(Path(output) / "README.md")
+        assert card.data.library_name == "peft"
+        assert "| lora_r | 4 |" in card.text and "PeftModel.from_pretrained" in card.text
+
+    def test_merged_it_is_a_whole_model(self, recipe, tmp_path):
+        train(recipe | {"use_peft": True, "lora_r": 4})
+        assert status("merge", recipe["output_dir"], tmp_path / "merged") == 0
+        files_to_push(tmp_path / "merged")
+
+
+class TestResume:
+    def test_killed_in_mid_save_it_goes_on_from_the_checkpoint_before(self, recipe, tmp_path):
+        recipe |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "logging_steps": 1}
+        straight = recipe | {"output_dir": str(tmp_path / "straight"), "save_strategy": "no"}
+        train(straight)
+
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED_IN_MID_SAVE, str(path)],
+            env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+        torn = Path(recipe["output_dir"]) / "checkpoint-4"
+        assert (torn / "model.safetensors").is_file() and (torn / "optimizer.pt").is_file()
+
+        train(recipe)
+        log = json.loads((Path(recipe["output_dir"]) / "trainer_state.json").read_text())["log_history"]
+        assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+        assert_close(weights(recipe["output_dir"]), weights(straight["output_dir"]), rtol=0, atol=0)
+
+    def test_a_new_run_does_not_touch_an_old_one_if_told(self, recipe):
+        recipe |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+        train(recipe)
+        metrics = train(recipe | {"auto_resume": False, "max_steps": 3})
+        assert metrics["train_loss"] > 0
+        log = json.loads((Path(recipe["output_dir"]) / "trainer_state.json").read_text())
+        assert log["global_step"] == 3
+
+
+class TestMistakes:
+    def test_broken_samples(self, recipe, data_file, capsys, caplog, tmp_path):
+        rows = json.loads(data_file.read_text())
+        rows[0]["image"] = "nowhere.png"
+        data_file.write_text(json.dumps(rows))
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        assert status("train", path, "--set", "on_error=raise") == 1
+        assert "'sample-0'" in capsys.readouterr().err
+        assert status("train", path) == 0
+        assert "Left out: Sample 'sample-0'" in caplog.text
+        assert "| left out | 1 samples" in (Path(recipe["output_dir"]) / "README.md").read_text()
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"eval_strategy": "steps", "eval_steps": 1}, "no `eval_file`"),
+            ({"answer_metric": "accuracy"}, "accuracy.*package.module:function"),
+            ({"answer_metric": "nowhere:accuracy"}, "nowhere:accuracy.*PYTHONPATH"),
+            ({"train_file": "nowhere.json"}, "nowhere.json"),
+        ],
+    )
+    def test_settings(self, recipe, given, message):
+        with pytest.raises(ValueError, match=message):
+            train(recipe | given)
+
+    def test_a_model_of_another_kind(self, recipe, tmp_path):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        with pytest.raises(ValueError, match="is a 'llama', expected a Florence-VL"):
+            train(recipe | {"model_name_or_path": str(tmp_path)})
+
+
+def test_metric_of_the_users_own(recipe, tmp_path, monkeypatch):
+    (tmp_path / "my_metric.py").write_text("def count(answers, references):\n    return {'number': len(references)}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe |= {"eval_file": recipe["train_file"], "predict_with_generate": True, "generation_max_new_tokens": 2}
+    assert train(recipe | {"answer_metric": "my_metric:count", "max_steps": 1})["eval_number"] == 8
