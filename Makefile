@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 VENV_OLDEST := .venv-oldest
 
-.PHONY: test test-oldest quickstart check style clean
+.PHONY: test test-oldest quickstart new-question check style clean
 
 test: $(VENV)/installed check
 	$(VENV)/bin/python $(PYTEST)
@@ -19,6 +19,15 @@ test-oldest: $(VENV_OLDEST)/installed
 quickstart: $(VENV)/installed
 	$(VENV)/bin/python examples/quickstart/quickstart.py --output quickstart-output
 
+# LoRA teaches the quickstart's model another question, through `florence-vl train`.
+new-question: $(VENV)/installed quickstart-output
+	$(VENV)/bin/python examples/quickstart/new_question.py draw --output quickstart-question
+	$(VENV)/bin/florence-vl train recipes/quickstart_lora.yaml
+	$(VENV)/bin/python examples/quickstart/new_question.py compare quickstart-lora
+
+quickstart-output:
+	$(MAKE) quickstart
+
 check: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -28,7 +37,7 @@ style: $(VENV)/installed
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV_OLDEST) quickstart-output
+	rm -rf $(VENV) $(VENV_OLDEST) quickstart-output quickstart-question quickstart-lora
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,7 +1,6 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """A tiny Florence-VL learns to see, on two CPU cores: draw pictures, train, save, load, and ask about new pictures."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -9,7 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from PIL import Image
-from shapes import describe, draw, random_scene
+from shapes import IMAGE_SIZE, NUM_PICTURES, describe, draw_conversations
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
@@ -25,60 +24,12 @@ from transformers import (
 from florence_vl_hf import FlorenceVLConfig, FlorenceVLForConditionalGeneration, FlorenceVLProcessor
 from florence_vl_hf.modeling.configuration_florence_vl import DEFAULT_PROMPTS
 from florence_vl_hf.processing import load_chat_template
+from florence_vl_hf.training import FlorenceVLCollator
 
 
-IMAGE_SIZE = 64
 NUM_QUESTIONS = 200
 SHARE_WANTED = 0.95
 SYSTEM_MESSAGE = "You are a helpful AI assistant."
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A picture, a question about it, and its only right answer."""
-
-    picture: Image.Image
-    question: str
-    answer: str
-
-    def messages(self, with_answer: bool) -> list[dict[str, Any]]:
-        """The sample as a conversation."""
-        content = [{"type": "image", "image": self.picture}, {"type": "text", "text": self.question}]
-        answer = {"role": "assistant", "content": [{"type": "text", "text": self.answer}]}
-        return [{"role": "user", "content": content}, *([answer] if with_answer else [])]
-
-
-@dataclass
-class Collator:
-    """Samples become a padded batch, with labels where the assistant speaks."""
-
-    processor: FlorenceVLProcessor
-
-    def __call__(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
-        batch = self.processor.apply_chat_template(
-            [sample.messages(with_answer=True) for sample in samples],
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        )
-        said = torch.as_tensor(batch.pop("assistant_masks")).bool()
-        return {**batch, "labels": batch["input_ids"].masked_fill(~said, -100)}
-
-
-def draw_samples(rng: Random, number: int, what: str, seen: frozenset[bytes] = frozenset()) -> list[Sample]:
-    """Draw pictures that are not among `seen`, and ask what they show."""
-    samples: list[Sample] = []
-    with tqdm(total=number, desc=f"Drawing pictures to {what}") as progress:
-        while len(samples) < number:
-            scene = random_scene(rng)
-            picture = draw(scene, IMAGE_SIZE)
-            if picture.tobytes() not in seen:
-                question = describe(scene)
-                samples.append(Sample(picture, question.text, question.answer))
-                progress.update()
-    return samples
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -168,10 +119,10 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> FlorenceVLConfig:
     )
 
 
-def train(samples: list[Sample], output: Path, seed: int) -> None:
+def train(samples: list[dict[str, Any]], output: Path, seed: int) -> None:
     """Train a model from nothing, and save it with its processor."""
     set_seed(seed)
-    texts = [text for sample in samples for text in (sample.question, sample.answer)]
+    texts = [turn["value"].removeprefix("<image>\n") for sample in samples for turn in sample["conversations"]]
     tokenizer = build_tokenizer([*texts, *DEFAULT_PROMPTS.values(), SYSTEM_MESSAGE])
     config = build_config(tokenizer)
     processor = build_processor(tokenizer, config.num_image_tokens)
@@ -196,7 +147,7 @@ def train(samples: list[Sample], output: Path, seed: int) -> None:
         model=model,
         args=arguments,
         train_dataset=samples,
-        data_collator=Collator(processor),
+        data_collator=FlorenceVLCollator(processor),
         processing_class=processor,
     ).train()
     model.save_pretrained(output)
@@ -204,46 +155,40 @@ def train(samples: list[Sample], output: Path, seed: int) -> None:
 
 
 @torch.inference_mode()
-def answer(folder: Path, samples: list[Sample], batch_size: int = 50) -> list[str]:
-    """Load a model as any user would, and let it answer."""
+def answer(folder: Path, samples: list[dict[str, Any]], batch_size: int = 50) -> tuple[list[str], list[str]]:
+    """Load a model as any user would, and let it answer. Returns its answers, and the right ones."""
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    answers = []
+    collator = FlorenceVLCollator(processor)
+    answers, right_answers = [], []
     for start in tqdm(range(0, len(samples), batch_size), desc="Asking about new pictures"):
-        inputs = processor.apply_chat_template(
-            [sample.messages(with_answer=False) for sample in samples[start : start + batch_size]],
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        )
+        inputs, references = collator.prompts(samples[start : start + batch_size])
         output_ids = model.generate(**inputs, max_new_tokens=32, do_sample=False)
         answers += processor.batch_decode(output_ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return answers
+        right_answers += references
+    return answers, right_answers
 
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder for the model and a picture.")] = Path("quickstart-output"),
     seed: Annotated[int, typer.Option(help="Of the pictures and of the weights.")] = 0,
-    pictures: Annotated[int, typer.Option(help="How many to learn from.")] = 8000,
+    pictures: Annotated[int, typer.Option(help="How many to learn from.")] = NUM_PICTURES,
 ) -> None:
     """Draw, train, save, load, ask."""
     output.mkdir(parents=True, exist_ok=True)
-    rng = Random(seed)
-    known = draw_samples(rng, pictures, "learn from")
+    rng, seen = Random(seed), set()
+    known = draw_conversations(rng, pictures, describe, "learn from", seen)
     train(known, output, seed)
 
-    new = draw_samples(
-        rng, NUM_QUESTIONS, "be asked about", seen=frozenset(sample.picture.tobytes() for sample in known)
-    )
-    answers = answer(output, new)
-    right = [given == sample.answer for given, sample in zip(answers, new, strict=True)]
+    new = draw_conversations(rng, NUM_QUESTIONS, describe, "be asked about", seen)
+    answers, right_answers = answer(output, new)
+    right = [given == wanted for given, wanted in zip(answers, right_answers, strict=True)]
     share = sum(right) / len(right)
 
-    shown = new[0].picture.resize((4 * IMAGE_SIZE, 4 * IMAGE_SIZE), Image.Resampling.NEAREST)
+    shown = new[0]["image"].resize((4 * IMAGE_SIZE, 4 * IMAGE_SIZE), Image.Resampling.NEAREST)
     shown.save(output / "picture.png")
-    typer.echo(f"\n{output / 'picture.png'}\n  {new[0].question}\n  {answers[0]}\n")
+    question = new[0]["conversations"][0]["value"].removeprefix("<image>\n")
+    typer.echo(f"\n{output / 'picture.png'}\n  {question}\n  {answers[0]}\n")
     typer.echo(f"{share:.1%} of {len(right)} answers about pictures that it never saw are exactly right.")
     typer.echo(f"Talk to it: florence-vl chat {output} {output / 'picture.png'}")
     if share < SHARE_WANTED:

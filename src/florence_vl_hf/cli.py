@@ -232,6 +232,14 @@ def check_data(
         raise typer.Exit(1)
 
 
+def _list_settings(wanted: bool) -> None:
+    if wanted:
+        from .training.arguments import describe_settings
+
+        typer.echo(describe_settings())
+        raise typer.Exit()
+
+
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file of settings, such as those in recipes/.")],
@@ -239,8 +247,18 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting instead of the recipe's; several times."),
     ] = None,
+    on_error: Annotated[
+        Literal["skip", "raise"] | None,
+        typer.Option(help="What a broken sample does: it is left out and counted, or it ends the run. As `on_error`."),
+    ] = None,
+    settings: Annotated[
+        bool,
+        typer.Option("--settings", callback=_list_settings, is_eager=True, help="List what a recipe may set."),
+    ] = False,
 ) -> None:
     """Train a model as a recipe says, or go on where the run was cut off."""
+    # Its callback has done it, before the recipe was asked for.
+    del settings
     import logging
 
     from .training.arguments import read_recipe
@@ -250,7 +268,8 @@ def train(
     # Every process of a run trains the same: one tells of it.
     if os.environ.get("RANK", "0") == "0":
         logging.getLogger(__package__).setLevel(logging.INFO)
-    train_model(read_recipe(recipe, changes))
+    settled = {} if on_error is None else {"on_error": on_error}
+    train_model(read_recipe(recipe, changes) | settled)
 
 
 @app.command()

@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -110,6 +111,21 @@ class TestWholeModel:
             train(recipe | {"do_pad": do_pad, "max_steps": 1, "output_dir": output})
             assert AutoProcessor.from_pretrained(output).image_processor.do_pad == do_pad
 
+    @pytest.mark.parametrize("use_peft", [False, True])
+    def test_upload_has_the_same_card(self, recipe, use_peft, monkeypatch):
+        sent = {}
+
+        def upload_folder(*_: object, folder_path: str, **__: object) -> None:
+            sent.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()})
+
+        monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: SimpleNamespace(repo_id="someone/florence"))
+        monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+        train(recipe | {"push_to_hub": True, "hub_model_id": "someone/florence", "use_peft": use_peft, "lora_r": 4})
+        card = sent["README.md"].decode()
+        assert "# someone/florence" in card and "| stage | finetune |" in card
+        assert ("adapter_model.safetensors" in sent) == use_peft
+        assert ("modeling_florence_vl.py" in sent) == (not use_peft)
+
 
 class TestAdapter:
     def test_loads_through_peft(self, recipe, golden):
@@ -171,6 +187,13 @@ class TestResume:
         assert log["global_step"] == 3
 
 
+def test_settings_are_listed(capsys):
+    assert status("train", "--settings") == 0
+    printed = capsys.readouterr().out
+    assert "stage (default finetune): Which parts are trained. One of finetune, " in printed
+    assert "train_file (needed): " in printed and "per_device_train_batch_size" not in printed
+
+
 class TestMistakes:
     def test_broken_samples(self, recipe, data_file, capsys, caplog, tmp_path):
         rows = json.loads(data_file.read_text())
@@ -178,7 +201,7 @@ class TestMistakes:
         data_file.write_text(json.dumps(rows))
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-        assert status("train", path, "--set", "on_error=raise") == 1
+        assert status("train", path, "--on-error", "raise") == 1
         assert "'sample-0'" in capsys.readouterr().err
         assert status("train", path) == 0
         assert "Left out: Sample 'sample-0'" in caplog.text

@@ -2,7 +2,7 @@
 """What a recipe may say, and how a recipe is read."""
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -199,6 +199,21 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise ValueError(f"{source} is no YAML: {error}") from error
 
 
+def describe_settings() -> str:
+    """The settings that recipes have beside those of `TrainingArguments`, a line each."""
+    of_trainer = {argument.name for argument in fields(TrainingArguments)}
+    lines = []
+    for arguments in ARGUMENT_CLASSES:
+        for argument in fields(arguments):
+            if argument.name not in of_trainer:
+                default = "needed" if argument.default is MISSING else f"default {argument.default}"
+                choices = argument.metadata.get("choices")
+                help_text = argument.metadata["help"] + (f" One of {', '.join(choices)}." if choices else "")
+                lines.append(f"{argument.name} ({default}): {help_text}")
+    lines.append("And all of transformers.TrainingArguments, such as output_dir and learning_rate.")
+    return "\n".join(lines)
+
+
 class _RecipeParser(HfArgumentParser):
     """Reports a wrong value as an error, where a command line would end the program."""
 
@@ -217,7 +232,7 @@ def parse_recipe(recipe: dict[str, Any]) -> tuple[ModelArguments, DataArguments,
     for name in recipe:
         if name not in known:
             close = get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "see `florence-vl train --help`."
+            hint = f"did you mean {close[0]!r}?" if close else "`florence-vl train --settings` lists them."
             raise ValueError(f"A recipe has no setting {name!r}; {hint}")
     # By way of text, since YAML takes 1e-5 for text and the parser knows every setting's type.
     words: list[str] = []
@@ -233,6 +248,7 @@ __all__ = [
     "DataArguments",
     "FlorenceVLTrainingArguments",
     "ModelArguments",
+    "describe_settings",
     "parse_recipe",
     "read_recipe",
 ]

@@ -58,6 +58,8 @@ class FlorenceVLTrainer(Trainer):
         kwargs.setdefault("processing_class", data_collator.processor)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         self.answer_metric = answer_metric
+        # Writes the card in place of `Trainer`'s draft, once set by who knows more of the run.
+        self.write_card: Callable[[], None] | None = None
         if args.predict_with_generate and (is_deepspeed_zero3_enabled() or is_fsdp_enabled()):
             raise ValueError(
                 "Got `predict_with_generate` for a model whose weights are split over processes (FSDP or ZeRO-3), "
@@ -157,6 +159,13 @@ class FlorenceVLTrainer(Trainer):
         if self.data_collator.num_skipped:
             logs["skipped_samples"] = self.data_collator.num_skipped
         super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`, unless there is a `write_card`. Uploads make the card anew, so it is written here alone."""
+        if self.write_card is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            self.write_card()
 
     def total_skipped(self) -> int:
         """How often all processes together left a broken sample out. All of them must ask."""

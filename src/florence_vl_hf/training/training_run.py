@@ -2,6 +2,7 @@
 """A training run, from a recipe to a folder that loads through the Auto classes."""
 
 import importlib
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,9 +77,10 @@ def train(recipe: dict[str, Any]) -> dict[str, float]:
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("all", metrics)
-    num_skipped = trainer.total_skipped()
-    if trainer.is_world_process_zero():
-        write_training_card(trainer, model_arguments, data_arguments, num_skipped, evaluations)
+    trainer.write_card = partial(
+        write_training_card, trainer, model_arguments, data_arguments, trainer.total_skipped(), evaluations
+    )
+    trainer.create_model_card()
     if args.push_to_hub:
         trainer.push_to_hub()
     return metrics
