@@ -17,7 +17,6 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -254,7 +253,8 @@ class FlorenceVLImageProjection(Florence2MultiModalProjector):
         feature_map = feature_map + self.image_position_embed(feature_map)  # (num_images, channels, height, width)
         positions = feature_map.flatten(2).transpose(1, 2)  # (num_images, num_positions, channels)
         # An image is a film of one frame: it has temporal position 0, and its mean over frames is that frame.
-        positions = positions + self.visual_temporal_embed(positions[:, :1])
+        # Its buffer stays in float32 where FSDP computes in bfloat16.
+        positions = positions + self.visual_temporal_embed(positions[:, :1]).to(positions.dtype)
 
         pooled = {
             "spatial_avg_pool": positions.mean(dim=1, keepdim=True),
@@ -311,6 +311,8 @@ class FlorenceVLVisionTower(Florence2PreTrainedModel):
         self.image_projector = FlorenceVLImageProjection(config, image_feature_source)
         self.encoder = BartEncoder(config.text_config)
         self.post_init()
+        # BART's, but its decoder is never built, and FSDP refuses names that it does not find.
+        self._no_split_modules.discard("BartDecoderLayer")
 
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.embed_tokens
@@ -535,23 +537,31 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         return image_mask.unsqueeze(-1).to(inputs_embeds.device)
 
     def _needs_weightless_image(self) -> bool:
-        """Whether tower and projector must be used although there is no image."""
-        if self.training and not _is_trained(self.language_model):
-            # The loss of text alone would have no gradient.
-            return True
+        """Whether tower and projector must be used although there is no image.
+
+        In training, so that what is trained of them has gradients, in every process, and the same (zero, not none: an
+        optimizer with momentum tells them apart) in one process as in many. Where weights are divided, so that no
+        process waits for another one's share.
+        """
+        is_trained = _is_trained(self.vision_tower) or _is_trained(self.multi_modal_projector)
+        return (self.training and is_trained) or self._is_sharded()
+
+    def _is_sharded(self) -> bool:
+        """Whether processes gather each other's weights, layer by layer."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return False
-        # Other processes wait until this one has used them too, for gradients or for its share of the weights.
-        is_sharded = is_deepspeed_zero3_enabled() or is_fsdp_enabled()
-        return torch.distributed.get_world_size() > 1 and (self.training or is_sharded)
+        # Not `is_fsdp_enabled` of Transformers, which means FSDP1 with `cpu_ram_efficient_loading`.
+        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-    def _weightless_image_feature(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        is_fsdp = any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in self.modules())
+        return torch.distributed.get_world_size() > 1 and (is_fsdp or is_deepspeed_zero3_enabled())
+
+    def _weightless_image_feature(self) -> torch.Tensor:
         """A black image's feature times zero, of shape `(1, text_hidden_size)`: no value or gradient changes."""
-        pixel_values = torch.zeros(
-            (1, *self.vision_tower.image_shape), dtype=self.vision_tower.dtype, device=inputs_embeds.device
-        )
-        feature = self.get_image_features(pixel_values, return_dict=True).pooler_output[0][:1]
-        return 0 * feature.to(inputs_embeds.device, inputs_embeds.dtype)
+        # Not the tower's `dtype`: layers that FSDP has divided are kept in float32 and computed in another type.
+        weight = next(self.vision_tower.backbone.convs.parameters())
+        pixel_values = torch.zeros((1, *self.vision_tower.image_shape), dtype=weight.dtype, device=weight.device)
+        return 0 * self.get_image_features(pixel_values, return_dict=True).pooler_output[0][:1]
 
     @can_return_tuple
     @auto_docstring
@@ -576,12 +586,17 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         if pixel_values is not None and mm_encoder_outputs is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
 
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-
+        # The tower before the embeddings, as `generate` has it: all processes gather weights in one order.
         image_outputs = (mm_encoder_outputs or {}).get("image")
+        weightless_feature = None
         if pixel_values is not None:
             image_outputs = self.get_image_features(pixel_values=pixel_values, return_dict=True)
+        elif image_outputs is None and self._needs_weightless_image():
+            if past_key_values is None or past_key_values.get_seq_length() == 0:
+                weightless_feature = self._weightless_image_feature()
+
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
 
         image_features = None
         if image_outputs is not None:
@@ -589,8 +604,8 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_features)
-        elif past_key_values is None and self._needs_weightless_image():
-            inputs_embeds = inputs_embeds + self._weightless_image_feature(inputs_embeds)
+        elif weightless_feature is not None:
+            inputs_embeds = inputs_embeds + weightless_feature.to(inputs_embeds.device, inputs_embeds.dtype)
 
         outputs = self.language_model(
             attention_mask=attention_mask,

@@ -2,6 +2,8 @@
 """Transformers' `Trainer`, with learning rates per part and answers in evaluation."""
 
 from collections.abc import Callable
+from itertools import chain, islice, repeat
+from math import ceil
 from typing import Any
 
 import torch
@@ -9,7 +11,6 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..conversion import write_remote_code
@@ -60,11 +61,10 @@ class FlorenceVLTrainer(Trainer):
         self.answer_metric = answer_metric
         # Writes the card in place of `Trainer`'s draft, once set by who knows more of the run.
         self.write_card: Callable[[], None] | None = None
-        if args.predict_with_generate and (is_deepspeed_zero3_enabled() or is_fsdp_enabled()):
+        if args.predict_with_generate and is_deepspeed_zero3_enabled():
             raise ValueError(
-                "Got `predict_with_generate` for a model whose weights are split over processes (FSDP or ZeRO-3), "
-                "which would each have to answer as many questions of the same kind; leave it out, and measure "
-                "answers of the saved model."
+                "Got `predict_with_generate` under ZeRO-3, where processes wait for each other forever if not all of "
+                "them answer questions about pictures; take ZeRO-2 or FSDP2, or measure answers of the saved model."
             )
 
     def get_optimizer_cls_and_kwargs(
@@ -132,22 +132,32 @@ class FlorenceVLTrainer(Trainer):
             collate_fn=self.data_collator.prompts,
             num_workers=self.args.dataloader_num_workers,
         )
+        # As many as the first process has, which has most.
+        num_batches = ceil(ceil(len(dataset) / self.args.world_size) / self.args.eval_batch_size)
+        batches = chain(prompts, repeat(({}, [])))
         pairs: list[tuple[str, str]] = []
-        for inputs, references in tqdm(prompts, desc="Answering", disable=self.args.disable_tqdm, leave=False):
+        for inputs, references in tqdm(
+            islice(batches, num_batches), "Answering", num_batches, disable=self.args.disable_tqdm, leave=False
+        ):
             if not references:
-                continue
+                if not self.is_fsdp_enabled:
+                    continue
+                # Others wait for this one's share of the weights: it talks to itself.
+                inputs = {"input_ids": torch.tensor([[self.data_collator.processor.tokenizer.eos_token_id]])}
             inputs = self._prepare_inputs(inputs)
-            with torch.inference_mode(), self.compute_loss_context_manager():
+            with torch.no_grad(), self.compute_loss_context_manager():
                 output_ids = model.generate(
                     **inputs,
                     max_new_tokens=self.args.generation_max_new_tokens,
                     do_sample=False,
                     use_cache=True,
+                    # Transformers sees by itself that weights are divided under ZeRO-3, but not under FSDP2.
+                    synced_gpus=self.is_fsdp_enabled,
                 )
             answers = self.data_collator.processor.batch_decode(
                 output_ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
             )
-            pairs += zip(answers, references, strict=True)
+            pairs += zip(answers, references, strict=bool(references))
         if self.args.world_size > 1:
             gathered: list[Any] = [None] * self.args.world_size
             torch.distributed.all_gather_object(gathered, pairs)

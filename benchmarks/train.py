@@ -1,0 +1,243 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+"""Train a synthetic model on synthetic data: samples per second and peak memory of each way to train.
+
+python benchmarks/train.py            # throughput
+python benchmarks/train.py --memory   # the peak that `florence-vl plan-memory` foresees beside the one measured
+"""
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Annotated, Any
+
+import torch
+import typer
+from peft import get_peft_model
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from florence_vl_hf import FlorenceVLConfig, FlorenceVLForConditionalGeneration
+from florence_vl_hf.training.adapters import lora_config
+from florence_vl_hf.training.memory import TrainingSetup, plan_memory
+from florence_vl_hf.training.stages import STAGES, set_trainable
+
+
+MIB = 2**20
+IGNORED = -100
+
+
+def small_config(**changes: Any) -> FlorenceVLConfig:
+    """A model of 18 million parameters, of which the tower has a third: 37 tokens per 192 x 192 image."""
+    settings: dict[str, Any] = {
+        "vision_config": {
+            "vision_config": {
+                "embed_dim": [32, 64, 128, 256],
+                "num_heads": [2, 4, 8, 16],
+                "num_groups": [2, 4, 8, 16],
+                "depths": [1, 1, 3, 1],
+                "projection_dim": 192,
+                "window_size": 12,
+            },
+            "text_config": {
+                "model_type": "bart",
+                "vocab_size": 51289 // 16,
+                "d_model": 192,
+                "encoder_layers": 4,
+                "encoder_attention_heads": 6,
+                "encoder_ffn_dim": 768,
+                "max_position_embeddings": 256,
+            },
+        },
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": 8192,
+            "hidden_size": 256,
+            "intermediate_size": 896,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        "image_size": 192,
+        "image_token_id": 8191,
+        "prompts": {"caption": "Describe.", "ocr": "Read.", "grounding": "Locate."},
+        "prompt_token_ids": {"caption": [0, 7, 8, 2], "ocr": [0, 9, 2, 1], "grounding": [0, 10, 2, 1]},
+    }
+    return FlorenceVLConfig(**{**settings, **changes})
+
+
+def make_model(config: FlorenceVLConfig, setup: TrainingSetup) -> nn.Module:
+    """A random model, ready to be trained."""
+    torch.manual_seed(0)
+    model = FlorenceVLForConditionalGeneration._from_config(
+        config, dtype=getattr(torch, setup.dtype), attn_implementation=setup.attention
+    )
+    model.config.text_config.use_cache = False
+    model.train()
+    set_trainable(model, setup.stage)
+    if setup.lora_rank is not None:
+        train_projector = "projector" in STAGES[setup.stage]
+        model = get_peft_model(model, lora_config(model, rank=setup.lora_rank, train_projector=train_projector))
+        model.train()
+    if setup.gradient_checkpointing:
+        # Transformers 5.19 knows the older name alone.
+        base = model.get_base_model() if setup.lora_rank is not None else model
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model
+
+
+def make_batch(config: FlorenceVLConfig, lengths: list[int], padded_length: int) -> dict[str, torch.Tensor]:
+    """One picture per row and random text, `lengths` positions with the picture's, padded on the right."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (len(lengths), padded_length)
+    input_ids = torch.randint(3, config.image_token_id, shape, generator=generator)
+    input_ids[:, : config.num_image_tokens] = config.image_token_id
+    mask = torch.arange(padded_length) < torch.tensor(lengths).unsqueeze(1)
+    is_answer = mask & (input_ids != config.image_token_id)
+    size = (len(lengths), 3, config.image_size, config.image_size)
+    return {
+        "input_ids": torch.where(mask, input_ids, 0),
+        "attention_mask": mask.long(),
+        "labels": torch.where(is_answer, input_ids, IGNORED),
+        "pixel_values": torch.randn(size, generator=generator),
+    }
+
+
+def make_step(
+    model: nn.Module, setup: TrainingSetup
+) -> tuple[Callable[[dict[str, torch.Tensor]], None], torch.optim.Optimizer]:
+    """One step of training as the Trainer does it on a single device, and its optimizer."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+
+    def step(batch: dict[str, torch.Tensor]) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=setup.uses_autocast):
+            loss = model(**batch).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, optimizer
+
+
+def measure_peak(config: FlorenceVLConfig, setup: TrainingSetup) -> int:
+    """
+    Bytes at the peak of a training step on the CPU, by what PyTorch's allocator reports for each block that it hands
+    out or takes back. The step is the second one, when the optimizer has its moments.
+    """
+    model = make_model(config, setup)
+    step, optimizer = make_step(model, setup)
+    lengths = [setup.max_length] * setup.batch_size
+    lengths[0] -= 1  # with padding, as batches have it, so that there is a mask
+    step(make_batch(config, lengths, setup.max_length))
+    moments = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *moments))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        step(make_batch(config, lengths, setup.max_length))
+    events = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    )
+    return held + max(itertools.accumulate(num_bytes for _, num_bytes in events))
+
+
+# Everything trained in float32, each layer's activations kept: what all others are compared with.
+BASE = TrainingSetup(
+    stage="pretrain",
+    batch_size=4,
+    max_length=256,
+    dtype="float32",
+    mixed_precision=False,
+    gradient_checkpointing=False,
+)
+WAYS = {
+    "pretrain": BASE,
+    "batches grouped by length": BASE,
+    "gradient checkpointing": replace(BASE, gradient_checkpointing=True),
+    "eager attention": replace(BASE, attention="eager"),
+    "bf16": replace(BASE, mixed_precision=True),
+    "finetune: frozen tower": replace(BASE, stage="finetune"),
+    "LoRA": replace(BASE, stage="finetune", lora_rank=16),
+}
+
+# Runs whose peaks lie in different places: the loss, the language model's activations, the tower, the optimizer.
+CHECKED = {
+    "pretrain, batch 1": replace(BASE, batch_size=1, max_length=512, gradient_checkpointing=True),
+    "pretrain, batch 4": replace(BASE, batch_size=4, max_length=512, gradient_checkpointing=True),
+    "pretrain, batch 4, nothing recomputed": replace(BASE, batch_size=4, max_length=512),
+    "pretrain, short text": replace(BASE, batch_size=4, max_length=64, gradient_checkpointing=True),
+    "pretrain, batch 2, eager attention": replace(BASE, batch_size=2, max_length=512, attention="eager"),
+    "finetune, batch 2": replace(BASE, stage="finetune", batch_size=2, max_length=512, gradient_checkpointing=True),
+    "finetune, batch 2, nothing recomputed": replace(BASE, stage="finetune", batch_size=2, max_length=512),
+    "finetune, short text": replace(BASE, stage="finetune", batch_size=1, max_length=64, gradient_checkpointing=True),
+    "projector, batch 2": replace(BASE, stage="projector", batch_size=2, max_length=512, gradient_checkpointing=True),
+    "LoRA, batch 2": replace(
+        BASE, stage="finetune", lora_rank=16, batch_size=2, max_length=512, gradient_checkpointing=True
+    ),
+    "LoRA, batch 2, nothing recomputed": replace(BASE, stage="finetune", lora_rank=16, batch_size=2, max_length=512),
+    "finetune, bf16": replace(BASE, stage="finetune", batch_size=2, max_length=512, mixed_precision=True),
+    "pretrain, bf16 weights": replace(BASE, dtype="bfloat16", batch_size=2, max_length=512),
+}
+
+
+def measure_speed(setup: TrainingSetup, grouped: bool, num_steps: int) -> float:
+    """Samples per second, of rows of very different lengths."""
+    config = small_config()
+    step, _ = make_step(make_model(config, setup), setup)
+    generator = torch.Generator().manual_seed(0)
+    num_rows = num_steps * setup.batch_size
+    shares = torch.rand(num_rows, generator=generator) ** 2  # many short rows, a few long ones
+    lengths = (config.num_image_tokens + 8 + shares * (setup.max_length - config.num_image_tokens - 8)).int().tolist()
+    if grouped:
+        order = get_length_grouped_indices(lengths, setup.batch_size, mega_batch_mult=num_steps, generator=generator)
+        lengths = [lengths[i] for i in order]
+    rows = [lengths[start : start + setup.batch_size] for start in range(0, num_rows, setup.batch_size)]
+    batches = [make_batch(config, row_lengths, max(row_lengths)) for row_lengths in rows]
+    step(batches[0])
+    start = time.perf_counter()
+    for batch in batches:
+        step(batch)
+    return num_rows / (time.perf_counter() - start)
+
+
+def compare_speed(num_steps: int) -> None:
+    """Print how fast each way is and what it takes, beside the first."""
+    typer.echo(f"{'':<28}{'samples/s':>12}{'ratio':>8}{'peak MiB':>12}{'ratio':>8}")
+    first: tuple[float, int] | None = None
+    for name, setup in WAYS.items():
+        speed = measure_speed(setup, grouped="grouped" in name, num_steps=num_steps)
+        peak = measure_peak(small_config(), setup)
+        first = first or (speed, peak)
+        typer.echo(f"{name:<28}{speed:>12.2f}{speed / first[0]:>8.2f}{peak / MIB:>12.0f}{peak / first[1]:>8.2f}")
+
+
+def compare_memory() -> None:
+    """Print what is planned and what is measured, as a table in Markdown."""
+    typer.echo("| | planned, MiB | measured, MiB | planned / measured |")
+    typer.echo("| --- | ---: | ---: | ---: |")
+    for name, setup in CHECKED.items():
+        planned, measured = plan_memory(small_config(), setup).total, measure_peak(small_config(), setup)
+        typer.echo(f"| {name} | {planned / MIB:.1f} | {measured / MIB:.1f} | {planned / measured:.3f} |")
+
+
+def main(
+    memory: Annotated[bool, typer.Option("--memory", help="Compare planned memory with measured, not speed.")] = False,
+    steps: Annotated[int, typer.Option(help="Steps of training per measurement.", min=1)] = 8,
+    threads: Annotated[int, typer.Option(help="Of PyTorch.", min=1)] = 2,
+) -> None:
+    """Measure, and print a table."""
+    torch.set_num_threads(threads)
+    if memory:
+        compare_memory()
+    else:
+        compare_speed(steps)
+
+
+if __name__ == "__main__":
+    typer.run(main)
