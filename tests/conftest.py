@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -101,6 +102,38 @@ def model(request: pytest.FixtureRequest, converted: Path) -> FlorenceVLForCondi
     return AutoModelForImageTextToText.from_pretrained(
         converted, attn_implementation=request.param, dtype=torch.float32
     ).eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_datasets(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What `datasets` keeps of data that it read stays out of the user's home."""
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+
+
+def llava_row(number: int, pictures: list[str], rounds: int = 1) -> dict[str, Any]:
+    """A sample in LLaVA's form, with pictures in its first turn."""
+    turns = []
+    for i in range(rounds):
+        marks = "<image>\n" * len(pictures) if i == 0 else ""
+        turns.append({"from": "human", "value": f"{marks}What is {number + i}?"})
+        turns.append({"from": "gpt", "value": f"It is {number + i}."})
+    row: dict[str, Any] = {"id": f"sample-{number}", "conversations": turns}
+    if pictures:
+        row["image"] = pictures[0] if len(pictures) == 1 else pictures
+    return row
+
+
+@pytest.fixture
+def data_file(golden: Golden, tmp_path: Path) -> Path:
+    """Eight samples: with one picture, with two, and without any, of one round and of two."""
+    pictures = [golden.image_path(name).name for name in golden.reference["images"]]
+    rows = [
+        llava_row(number, pictures[number : number + (1, 1, 0, 2)[number % 4]], rounds=1 + number % 2)
+        for number in range(8)
+    ]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
 
 
 def tiny_config(**changes: Any) -> FlorenceVLConfig:

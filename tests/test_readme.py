@@ -2,12 +2,14 @@
 """What the README shows is run, on a tiny model in place of the 8B."""
 
 import ast
+import copy
 import re
 from pathlib import Path
 
 import torch
 
 import florence_vl_hf
+from florence_vl_hf.training.stages import part_of
 
 
 ROOT = Path(__file__).parent.parent
@@ -16,7 +18,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_use_and_features(converted, golden, capsys):
-    use, features, _ = BLOCKS
+    use, features, *_ = BLOCKS
     code = use.replace("florence-vl-8b-sft-hf", str(converted)).replace(
         "street.jpg", str(golden.image_path("odd.jpg"))
     )
@@ -36,8 +38,20 @@ def test_ablations():
     assert [eval(code, names).num_image_tokens for code in shown] == [3 * 577, 577, 576, 577]
 
 
+def test_training(model, processor, data_file, golden, tmp_path):
+    code = BLOCKS[3].replace("data/mine.json", str(data_file)).replace("data/images", str(golden.folder / "images"))
+    names = {"model": copy.deepcopy(model), "processor": processor}
+    exec(code.replace("runs/mine", str(tmp_path)), names)
+    assert names["trainer"].state.global_step == 1
+    before = dict(model.named_parameters())
+    moved = {part_of(name) for name, p in names["model"].named_parameters() if not p.equal(before[name])}
+    assert moved == {"projector", "language_model"}
+
+
 def test_files_of_the_map_exist():
-    for path in re.findall(r"`((?:modeling|processing|conversion)/[\w./*]+|chat\.py|cli\.py)`", README):
+    for path in re.findall(
+        r"`((?:modeling|processing|conversion|training|model_cards)/[\w./*]+|chat\.py|cli\.py)`", README
+    ):
         assert list((ROOT / "src" / "florence_vl_hf").glob(path)), path
 
 

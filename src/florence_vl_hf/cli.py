@@ -29,6 +29,10 @@ ImageFeatureSource = Annotated[
         "spatial_avg_pool, temporal_avg_pool, last_frame, separated by commas."
     ),
 ]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting instead of the recipe's. May be given several times."),
+]
 MaxShardSize = Annotated[str, typer.Option(help="Size of a file of weights at most.")]
 
 
@@ -243,10 +247,7 @@ def _list_settings(wanted: bool) -> None:
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file of settings, such as those in recipes/.")],
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting instead of the recipe's; several times."),
-    ] = None,
+    changes: Changes = None,
     on_error: Annotated[
         Literal["skip", "raise"] | None,
         typer.Option(help="What a broken sample does: it is left out and counted, or it ends the run. As `on_error`."),
@@ -277,12 +278,7 @@ def plan_memory(
     recipe: Annotated[
         Path | None, typer.Argument(help="YAML file of settings. Without, a table of the paper's runs and of others.")
     ] = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="A setting instead of the recipe's. May be given several times."
-        ),
-    ] = None,
+    changes: Changes = None,
     accelerate_config: Annotated[
         Path | None, typer.Option(help="What `accelerate launch` is given, such as those in recipes/accelerate/.")
     ] = None,
@@ -299,19 +295,20 @@ def plan_memory(
 ) -> None:
     """Say how much memory training takes per GPU. Only the model's configuration is read."""
     from .modeling import FlorenceVLConfig
-    from .training import memory
+    from .training import memory_report
     from .training.arguments import read_recipe
+    from .training.memory import plan_memory as plan
 
     if recipe is None:
-        typer.echo(memory.format_table(memory.plan_known_runs()))
+        typer.echo(memory_report.format_table(memory_report.plan_known_runs()))
         return
-    model, config_changes, setup = memory.read_setup(
+    model, config_changes, setup = memory_report.read_setup(
         read_recipe(recipe, changes), num_gpus, sharding, accelerate_config, images_per_sample
     )
-    config = memory.published_config(shape) if shape else FlorenceVLConfig.from_pretrained(model)
+    config = memory_report.published_config(shape) if shape else FlorenceVLConfig.from_pretrained(model)
     if config_changes:
         config = FlorenceVLConfig.from_dict({**config.to_dict(), **config_changes})
-    typer.echo(memory.format_plan(memory.plan_memory(config, setup)))
+    typer.echo(memory_report.format_plan(plan(config, setup)))
 
 
 @app.command()

@@ -21,8 +21,7 @@ from transformers import AutoModelForImageTextToText
 
 from florence_vl_hf import FlorenceVLForConditionalGeneration
 from florence_vl_hf.conversion import convert
-from tests.conftest import FIXTURES, Golden, tiny_config, tiny_inputs, tiny_model
-from tests.training.conftest import llava_row
+from tests.conftest import FIXTURES, Golden, llava_row, tiny_config, tiny_inputs, tiny_model
 from tests.training.distributed_worker import PICTURES, STEPS, collate, history, prompt, rows, train, train_recipe
 
 
