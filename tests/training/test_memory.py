@@ -11,6 +11,7 @@ import yaml
 
 from florence_vl_hf import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from florence_vl_hf.cli import main
+from florence_vl_hf.training import read_recipe
 from florence_vl_hf.training.memory import TrainingSetup, plan_memory
 from florence_vl_hf.training.memory_report import KNOWN_RUNS, format_table, published_config, read_setup
 
@@ -172,6 +173,15 @@ class TestPassingTerms:
         assert activations_of_tower("language_model", 0) == 0
         # A black picture stands in.
         assert activations_of_tower("pretrain", 0) == activations_of_tower("pretrain", 1)
+
+
+@pytest.mark.parametrize("run", ["pretrain 8B", "pretrain 3B", "finetune 8B", "finetune 3B"])
+def test_the_papers_runs_are_the_recipes(run: str) -> None:
+    _, known = KNOWN_RUNS[run]
+    recipe = read_recipe(ROOT / "recipes" / f"{run.replace(' ', '_').lower()}.yaml")
+    _, _, setup = read_setup(recipe, known.num_gpus, known.sharding)
+    # Under DeepSpeed, weights are loaded in any type and then cast.
+    assert replace(setup, dtype=known.dtype) == known
 
 
 class TestSettings:

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from florence_vl_hf.conversion import convert
 from florence_vl_hf.conversion.hub import files_to_push
 from florence_vl_hf.processing import load_chat_template
 from florence_vl_hf.training import train
 from florence_vl_hf.training.stages import part_of
 
-from ..conftest import status
+from ..conftest import FIXTURES, Golden, status
 
 
 # Trains as the recipe in its first argument says, and is killed when half of the optimizer's state of the second
@@ -125,6 +126,13 @@ class TestWholeModel:
         assert "# someone/florence" in card and "| stage | finetune |" in card
         assert ("adapter_model.safetensors" in sent) == use_peft
         assert ("modeling_florence_vl.py" in sent) == (not use_peft)
+
+    def test_starts_from_an_original_checkpoint_as_it_is(self, recipe, tmp_path):
+        original = Golden(FIXTURES / "phi-small").checkpoint
+        train(recipe | {"model_name_or_path": str(original), "max_steps": 1, "learning_rate": 0.0})
+        convert(original, tmp_path / "converted", dtype=torch.float32)
+        files_to_push(Path(recipe["output_dir"]))
+        assert_close(weights(recipe["output_dir"]), weights(tmp_path / "converted"), rtol=0, atol=0)
 
 
 class TestAdapter:

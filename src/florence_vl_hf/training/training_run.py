@@ -76,11 +76,13 @@ def train(recipe: dict[str, Any]) -> dict[str, float]:
 
     trainer.save_model()
     trainer.save_state()
+    trainer.log_metrics("all", metrics)
     trainer.save_metrics("all", metrics)
     trainer.write_card = partial(
         write_training_card, trainer, model_arguments, data_arguments, trainer.total_skipped(), evaluations
     )
     trainer.create_model_card()
+    logger.info(f"Model, processor and card are in {args.output_dir}.")
     if args.push_to_hub:
         trainer.push_to_hub()
     return metrics
