@@ -186,6 +186,16 @@ class TestResume:
         assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]
         assert_close(weights(recipe["output_dir"]), weights(straight["output_dir"]), rtol=0, atol=0)
 
+    def test_a_run_that_had_ended_takes_no_step_more(self, recipe):
+        # It ends within an epoch, of four steps.
+        recipe |= {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+        train(recipe)
+        before = weights(recipe["output_dir"])
+        train(recipe)
+        assert_close(weights(recipe["output_dir"]), before, rtol=0, atol=0)
+        state = json.loads((Path(recipe["output_dir"]) / "trainer_state.json").read_text())
+        assert state["global_step"] == 3
+
     def test_a_new_run_does_not_touch_an_old_one_if_told(self, recipe):
         recipe |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
         train(recipe)

@@ -1,7 +1,7 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Transformers' `Trainer`, with learning rates per part and answers in evaluation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain, islice, repeat
 from math import ceil
 from typing import Any
@@ -79,6 +79,16 @@ class FlorenceVLTrainer(Trainer):
             decay_parameters = set(self.get_decay_parameter_names(model))
             optimizer_kwargs["params"] = parameter_groups(model, decay_parameters, args.weight_decay, learning_rates)
         return optimizer_cls, optimizer_kwargs
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
+        """As in `Trainer`; but a run that had ended has no batch left when it is started again."""
+        if self.state.global_step >= self.state.max_steps:
+            # `Trainer` would take one step more than `max_steps`.
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def compute_loss(
         self,
