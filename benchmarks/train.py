@@ -19,13 +19,14 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from florence_vl_hf import FlorenceVLConfig, FlorenceVLForConditionalGeneration
+from florence_vl_hf.modeling.transformers_compat import enable_checkpointing
 from florence_vl_hf.training.adapters import lora_config
+from florence_vl_hf.training.collator import IGNORED_LABEL
 from florence_vl_hf.training.memory import TrainingSetup, plan_memory
 from florence_vl_hf.training.stages import STAGES, set_trainable
 
 
 MIB = 2**20
-IGNORED = -100
 
 
 def small_config(**changes: Any) -> FlorenceVLConfig:
@@ -84,10 +85,7 @@ def make_model(config: FlorenceVLConfig, setup: TrainingSetup) -> nn.Module:
         model = get_peft_model(model, lora_config(model, rank=setup.lora_rank, train_projector=train_projector))
         model.train()
     if setup.gradient_checkpointing:
-        # Transformers 5.19 knows the older name alone.
-        base = model.get_base_model() if setup.lora_rank is not None else model
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable_checkpointing(model.get_base_model() if setup.lora_rank is not None else model)
     return model
 
 
@@ -103,7 +101,7 @@ def make_batch(config: FlorenceVLConfig, lengths: list[int], padded_length: int)
     return {
         "input_ids": torch.where(mask, input_ids, 0),
         "attention_mask": mask.long(),
-        "labels": torch.where(is_answer, input_ids, IGNORED),
+        "labels": torch.where(is_answer, input_ids, IGNORED_LABEL),
         "pixel_values": torch.randn(size, generator=generator),
     }
 

@@ -21,11 +21,10 @@ from transformers import (
 )
 
 from florence_vl_hf import FlorenceVLForConditionalGeneration
-from florence_vl_hf.cli import main
 from florence_vl_hf.conversion import CheckpointError
 from florence_vl_hf.training.adapters import lora_config, lora_target_modules, merge_adapter, quantization_config
 
-from ..conftest import FIXTURES, tiny_inputs, tiny_model
+from ..conftest import FIXTURES, status, tiny_inputs, tiny_model
 
 
 PROJECTOR = "model.multi_modal_projector"
@@ -276,9 +275,7 @@ class TestMerge:
     def test_writes_a_complete_folder(self, adapter, expected, converted, tmp_path, capfd):
         output = tmp_path / "merged"
         arguments = ["--dtype", "float32", "--max-shard-size", "200KB"]
-        with pytest.raises(SystemExit) as exit_:
-            main(["merge", str(adapter), str(output), *arguments])
-        assert exit_.value.code == 0
+        assert status("merge", adapter, output, *arguments) == 0
         assert f"Wrote {output}: " in capfd.readouterr().out
         assert (output / "model.safetensors.index.json").is_file()
         assert (output / "modeling_florence_vl.py").is_file()

@@ -6,19 +6,17 @@ from typing import Any
 import datasets
 import pytest
 
-from florence_vl_hf.cli import main
 from florence_vl_hf.processing import FlorenceVLProcessor
 from florence_vl_hf.training.check_data import DataReport, SampleCheck, check_data, format_report
 from florence_vl_hf.training.conversation_data import Problem, SampleError, load_conversations, to_messages
 
+from ..conftest import status
 from .conversations import chat, llava, write
 
 
 def run(path: Path, *options: str) -> int:
     """The command's exit status."""
-    with pytest.raises(SystemExit) as caught:
-        main(["check-data", str(path), "--workers", "0", *options])
-    return caught.value.code
+    return status("check-data", path, "--workers", "0", *options)
 
 
 def check(path: Path, processor: FlorenceVLProcessor | None = None, **options: Any) -> DataReport:

@@ -536,15 +536,16 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         )
         return image_mask.unsqueeze(-1).to(inputs_embeds.device)
 
-    def _needs_weightless_image(self) -> bool:
+    def _needs_weightless_image(self, past_key_values: Cache | None) -> bool:
         """Whether tower and projector must be used although there is no image.
 
         In training, so that what is trained of them has gradients, in every process, and the same (zero, not none: an
         optimizer with momentum tells them apart) in one process as in many. Where weights are divided, so that no
-        process waits for another one's share.
+        process waits for another one's share; but for the steps of `generate` after the first, which show no images.
         """
         is_trained = _is_trained(self.vision_tower) or _is_trained(self.multi_modal_projector)
-        return (self.training and is_trained) or self._is_sharded()
+        is_needed = (self.training and is_trained) or self._is_sharded()
+        return is_needed and (past_key_values is None or past_key_values.get_seq_length() == 0)
 
     def _is_sharded(self) -> bool:
         """Whether processes gather each other's weights, layer by layer."""
@@ -591,9 +592,8 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         weightless_feature = None
         if pixel_values is not None:
             image_outputs = self.get_image_features(pixel_values=pixel_values, return_dict=True)
-        elif image_outputs is None and self._needs_weightless_image():
-            if past_key_values is None or past_key_values.get_seq_length() == 0:
-                weightless_feature = self._weightless_image_feature()
+        elif image_outputs is None and self._needs_weightless_image(past_key_values):
+            weightless_feature = self._weightless_image_feature()
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)

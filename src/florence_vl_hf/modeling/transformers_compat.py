@@ -2,6 +2,7 @@
 """The differences between the supported versions of Transformers, all of them, in this one place."""
 
 import torch
+from transformers import PreTrainedModel
 
 
 try:
@@ -14,4 +15,11 @@ except ImportError:  # before 5.20
         return hidden_states[:, kept, :]
 
 
-__all__ = ["slice_logits_to_keep"]
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Keep one state per layer for the backward pass, and recompute the rest."""
+    # Renamed in 5.23.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+__all__ = ["enable_checkpointing", "slice_logits_to_keep"]

@@ -6,7 +6,8 @@ from importlib.util import find_spec
 
 if missing := [package for package in ("datasets", "ijson") if find_spec(package) is None]:
     raise ModuleNotFoundError(
-        f"Training needs {' and '.join(missing)}; `pip install 'florence_vl_hf[train]'` brings what is missing."
+        f"Training needs {' and '.join(missing)}, which the extra `train` brings: `pip install "
+        f"'florence_vl_hf[train]'`, or `pip install '.[train]'` in the sources."
     )
 
 from .adapters import lora_config, lora_target_modules, merge_adapter, quantization_config

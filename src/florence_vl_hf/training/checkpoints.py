@@ -49,7 +49,7 @@ def _is_complete(folder: Path, step: int) -> bool:
     return (
         state.get("global_step") == step
         and all(_is_whole_safetensors(file) for file in folder.rglob("*.safetensors"))
-        and all(zipfile.is_zipfile(file) for pattern in ("*.pt", "*.pth") for file in folder.rglob(pattern))
+        and all(zipfile.is_zipfile(file) for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.rglob(pattern))
         and all((shards.parent / SHARDS_METADATA).is_file() for shards in folder.rglob("*.distcp"))
         and _has_every_random_state(folder)
     )

@@ -19,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
+from ..modeling.transformers_compat import enable_checkpointing
 from .adapters import lora_config
 from .stages import PARTS, STAGES, part_of, set_trainable
 from .step_trace import GRADIENTS, trace_step
@@ -218,9 +219,7 @@ def _build(config: FlorenceVLConfig, setup: TrainingSetup) -> nn.Module:
         model = adapted.get_base_model()
         model.train()
     if setup.gradient_checkpointing:
-        # Transformers 5.19 knows the older name alone.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable_checkpointing(model)
     model.model.vision_tower.encoder.layerdrop = _NoLayerDrop()
     if setup.uses_autocast:
         for module in model.modules():

@@ -7,6 +7,7 @@ from math import ceil
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer
@@ -168,10 +169,7 @@ class FlorenceVLTrainer(Trainer):
                 output_ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
             )
             pairs += zip(answers, references, strict=bool(references))
-        if self.args.world_size > 1:
-            gathered: list[Any] = [None] * self.args.world_size
-            torch.distributed.all_gather_object(gathered, pairs)
-            pairs = [pair for of_process in gathered for pair in of_process]
+        pairs = gather_object(pairs)
         return [answer for answer, _ in pairs], [reference for _, reference in pairs]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
