@@ -114,7 +114,7 @@ class TestMaxLength:
         fits = FlorenceVLCollator(processor, max_length=end)([sample])
         assert (fits["input_ids"] == processor.image_token_id).sum() == 2 * processor.num_image_tokens
         with pytest.raises(SampleError, match="'2 pictures'.*do not fit.*max_length"):
-            FlorenceVLCollator(processor, max_length=end - 1)([sample])
+            FlorenceVLCollator(processor, max_length=end - 1, on_error="raise")([sample])
 
 
 class TestBrokenSamples:
@@ -123,23 +123,23 @@ class TestBrokenSamples:
 
     def test_raise(self, golden, processor):
         with pytest.raises(SampleError, match="'lost'.*nowhere.png"):
-            FlorenceVLCollator(processor)([row(golden, 1), self.broken(golden)])
+            FlorenceVLCollator(processor, on_error="raise")([row(golden, 1), self.broken(golden)])
 
     def test_skip_leaves_out_and_counts(self, golden, processor, caplog):
-        collate = FlorenceVLCollator(processor, on_error="skip")
+        collate = FlorenceVLCollator(processor)
         batch = collate([self.broken(golden), row(golden, 1), self.broken(golden)])
         assert_close(batch["input_ids"], FlorenceVLCollator(processor)([row(golden, 1)])["input_ids"])
         assert collate.num_skipped == 2
         assert "'lost'" in caplog.text
 
     def test_processes_that_load_data_are_counted_together(self, golden, processor):
-        collate = FlorenceVLCollator(processor, on_error="skip")
+        collate = FlorenceVLCollator(processor)
         rows = [self.broken(golden), row(golden, 0)] * 4
         batches = list(DataLoader(rows, batch_size=2, num_workers=2, collate_fn=collate))
         assert len(batches) == 4
         assert collate.num_skipped == 4
 
     def test_of_a_batch_of_broken_samples_nothing_is_learned(self, golden, processor, model):
-        batch = FlorenceVLCollator(processor, on_error="skip")([self.broken(golden)])
+        batch = FlorenceVLCollator(processor)([self.broken(golden)])
         assert (batch["labels"] == -100).all()
         assert model(**batch, num_items_in_batch=1).loss == 0

@@ -31,17 +31,16 @@ class FlorenceVLCollator:
         processor (`FlorenceVLProcessor`): The model's.
         max_length (`int`, *optional*): Rows are cut to this many tokens, those of pictures counted. A picture is never
             cut: a row whose pictures do not fit is broken.
-        on_error (`str`, *optional*, defaults to `"raise"`): What a broken row does. `raise` passes its `SampleError`
-            on; `skip` leaves it out of the batch, warns, and counts it in `num_skipped`. Of a batch without any sound
-            row one row remains that has no labels, since other processes wait for this one.
-        chat_template (`str`, *optional*): Instead of the processor's own; `plain` is the pretraining's.
+        on_error (`str`, *optional*, defaults to `"skip"`): What a broken row does. `skip` leaves it out of the batch,
+            warns, and counts it in `num_skipped`; of a batch without any sound row one row remains that has no
+            labels, since other processes wait for this one. `raise` passes its `SampleError` on.
     """
 
     def __init__(
         self,
         processor: FlorenceVLProcessor,
         max_length: int | None = None,
-        on_error: OnError = "raise",
+        on_error: OnError = "skip",
     ) -> None:
         self.processor = processor
         self.max_length = max_length
