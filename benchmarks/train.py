@@ -24,6 +24,7 @@ from florence_vl_hf.training.adapters import lora_config
 from florence_vl_hf.training.collator import IGNORED_LABEL
 from florence_vl_hf.training.memory import TrainingSetup, plan_memory
 from florence_vl_hf.training.stages import STAGES, set_trainable
+from florence_vl_hf.training.trainer import learned_positions
 
 
 MIB = 2**20
@@ -114,7 +115,7 @@ def make_step(
 
     def step(batch: dict[str, torch.Tensor]) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=setup.uses_autocast):
-            loss = model(**batch).loss
+            loss = model(**batch, **learned_positions(batch["labels"])).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

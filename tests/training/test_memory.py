@@ -156,12 +156,14 @@ class TestPassingTerms:
         assert activations["finetune"] < 0.1 * activations["pretrain"]
 
     def test_logits_are_in_float32_three_times(self) -> None:
-        """The log-probabilities, their gradient, and the logits': each a number per position and word."""
+        """The log-probabilities, their gradient, and the logits': each a number per learned position and word."""
         config = tiny_config()
         config.text_config.vocab_size = 5000
-        setup = replace(TINY, batch_size=2, max_length=512, stage="projector")
+        # A fifth of all positions are pictures'.
+        setup = replace(TINY, batch_size=2, max_length=512, stage="projector", images_per_sample=20)
         logits = plan_memory(config, setup).terms["logits and loss"]
-        assert logits == pytest.approx(3 * 4 * 2 * 512 * config.text_config.vocab_size, rel=0.05)
+        num_learned = 512 - 20 * config.num_image_tokens
+        assert logits == pytest.approx(3 * 4 * 2 * num_learned * config.text_config.vocab_size, rel=0.05)
 
     def test_text_alone_needs_no_tower_unless_something_before_the_language_model_is_trained(self) -> None:
         def activations_of_tower(stage: str, images_per_sample: int) -> int:

@@ -92,6 +92,34 @@ def test_four_batches_of_two_are_one_of_eight(converted, processor, tmp_path, ro
     assert_close(trained[0], trained[1], rtol=1e-4, atol=1e-6)
 
 
+class TestLogits:
+    def test_of_what_nothing_is_learned_are_left_out(self, converted, processor, tmp_path, rows):
+        trainer = make_trainer(converted, processor, tmp_path, rows)
+        batch = trainer.data_collator([rows[i] for i in range(4)])
+        num_labelled = int(batch["labels"].ne(-100).any(dim=0).sum())
+        assert 0 < num_labelled < batch["labels"].shape[1] - processor.num_image_tokens
+        shapes = []
+        trainer.model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape[:2]))
+        trainer.model.eval()
+
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
+        trainer.model.zero_grad()
+        whole = trainer.model(**batch).loss
+        whole.backward()
+        expected = {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
+        assert shapes == [(4, num_labelled), tuple(batch["labels"].shape)]
+        assert_close(loss, whole)
+        assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
+
+    def test_who_asks_for_outputs_has_them_all(self, converted, processor, tmp_path, rows):
+        trainer = make_trainer(converted, processor, tmp_path, rows)
+        batch = trainer.data_collator([rows[0]])
+        _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        assert outputs.logits.shape[1] == batch["labels"].shape[1]
+
+
 class TestEvaluation:
     def right_answers(self, trainer, rows) -> list[str]:
         """What the model says when it is asked one row at a time."""

@@ -104,6 +104,10 @@ def trace_step(
 def _make_batch(model: nn.Module, shape: tuple[int, int], num_images: int) -> dict[str, torch.Tensor]:
     """A full batch, with the mask of one that is padded: attention then holds a number per pair of positions."""
     batch = {name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}
+    # As `FlorenceVLTrainer` has it (`learned_positions`), where all text is learned and all pictures come first.
+    num_image_positions = num_images // shape[0] * model.config.num_image_tokens
+    batch["logits_to_keep"] = torch.arange(max(num_image_positions - 1, 0), shape[1])
+    batch["shift_labels"] = torch.zeros((shape[0], len(batch["logits_to_keep"])), dtype=torch.long)
     if num_images:
         batch["pixel_values"] = torch.zeros(num_images, *model.model.vision_tower.image_shape)
     return batch

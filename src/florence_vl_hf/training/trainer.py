@@ -30,6 +30,27 @@ def exact_match(answers: list[str], references: list[str]) -> dict[str, float]:
     return {"exact_match": num_equal / len(references) if references else 0.0}
 
 
+def learned_positions(labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    What lets a model leave out the logits that no label is compared with, of pictures above all: the loss is the same.
+
+    Logits are most of a step's memory.
+
+    Args:
+        labels (`torch.Tensor` of shape `(batch_size, sequence_length)`): -100 where nothing is learned.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Inputs of `forward`: `logits_to_keep` of shape `(num_kept,)`, and `shift_labels` of
+        shape `(batch_size, num_kept)`, the next token's label at each of these positions.
+    """
+    shift_labels = torch.nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:]
+    logits_to_keep = shift_labels.ne(IGNORED_LABEL).any(dim=0).nonzero().flatten()
+    if not len(logits_to_keep):
+        # No position at all would leave the loss without a gradient.
+        logits_to_keep = labels.new_zeros(1)
+    return {"logits_to_keep": logits_to_keep, "shift_labels": shift_labels[:, logits_to_keep]}
+
+
 class FlorenceVLTrainer(Trainer):
     """
     A `Trainer` of Florence-VL models, for rows of conversations.
@@ -105,6 +126,10 @@ class FlorenceVLTrainer(Trainer):
                 num_items_in_batch = 1
         else:
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        # Whoever asks for outputs wants logits of all positions, and so do other losses than the model's own.
+        is_own_loss = self.label_smoother is None and self.compute_loss_func is None
+        if is_own_loss and not return_outputs and self.args.n_gpu <= 1:
+            inputs = {**inputs, **learned_positions(inputs["labels"])}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def evaluation_loop(
