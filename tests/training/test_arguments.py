@@ -102,6 +102,18 @@ class TestReadRecipe:
             "fusion_features": ["image", "ocr"],
         }
 
+    def test_no_is_a_word_and_false_is_false(self, tmp_path):
+        path = self.write(tmp_path, "own.yaml", "save_strategy: no\nbf16: false\nuse_cpu: true\n")
+        recipe = read_recipe(path, ["eval_strategy=no", "tf32=False", "output_dir=falsehood"])
+        assert recipe == {
+            "save_strategy": "no",
+            "bf16": False,
+            "use_cpu": True,
+            "eval_strategy": "no",
+            "tf32": False,
+            "output_dir": "falsehood",
+        }
+
     @pytest.mark.parametrize(
         ("text", "message"),
         [

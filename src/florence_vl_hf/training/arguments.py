@@ -2,6 +2,7 @@
 """What a recipe may say, and how a recipe is read."""
 
 import json
+import re
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -192,9 +193,21 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]
     return _read_with_parents(path.parent / parent, (*children, path.resolve())) | recipe
 
 
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML in which, as in YAML 1.2, `no` and `off` are words: `save_strategy: no` means what it says."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|false|False)$"), list("tTfF"))
+
+
 def _parse_yaml(text: str, source: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _RecipeLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{source} is no YAML: {error}") from error
 
