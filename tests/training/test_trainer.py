@@ -149,6 +149,17 @@ class TestEvaluation:
         assert measured["eval_loss"] > 0
         assert trainer.state.log_history[-1]["eval_exact_match"] == 0.75
 
+    @pytest.mark.parametrize("returned", [0.5, None, {"accuracy": "high"}, {"accuracy": {"a": 1}}])
+    def test_a_metric_without_numbers_by_name(self, converted, processor, tmp_path, rows, returned):
+        trainer = make_trainer(
+            converted, processor, tmp_path, rows.select([0]), predict_with_generate=True, generation_max_new_tokens=2
+        )
+        trainer.answer_metric = lambda answers, references: returned
+        with pytest.raises(ValueError, match="expected numbers by name"):
+            trainer.evaluate()
+        trainer.answer_metric = lambda answers, references: {"accuracy": torch.tensor(0.5)}
+        assert trainer.evaluate()["eval_accuracy"] == 0.5
+
     def test_without_it_only_the_loss(self, converted, processor, tmp_path, rows):
         measured = make_trainer(converted, processor, tmp_path, rows).evaluate()
         assert "eval_loss" in measured and "eval_exact_match" not in measured

@@ -186,6 +186,12 @@ class TestResume:
         assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]
         assert_close(weights(recipe["output_dir"]), weights(straight["output_dir"]), rtol=0, atol=0)
 
+    def test_a_recipe_that_changed_is_told_so(self, recipe):
+        recipe |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+        train(recipe)
+        with pytest.raises(ValueError, match="cannot go on from .*checkpoint-2.*auto_resume: false"):
+            train(recipe | {"use_peft": True, "lora_r": 4, "max_steps": 4})
+
     def test_a_run_that_had_ended_takes_no_step_more(self, recipe):
         # It ends within an epoch, of four steps.
         recipe |= {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}

@@ -190,6 +190,8 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]
     parent = recipe.pop(EXTENDS, None)
     if parent is None:
         return recipe
+    if not isinstance(parent, str):
+        raise ValueError(f"`{EXTENDS}` in {path} is {parent!r}, expected the path of one recipe.")
     return _read_with_parents(path.parent / parent, (*children, path.resolve())) | recipe
 
 

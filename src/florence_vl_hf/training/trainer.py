@@ -146,9 +146,19 @@ class FlorenceVLTrainer(Trainer):
         )
         if self.args.predict_with_generate:
             answers, references = self.generate_answers(dataloader.dataset)
-            measured = self.answer_metric(answers, references)
+            measured = self._measure(answers, references)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
         return output
+
+    def _measure(self, answers: list[str], references: list[str]) -> dict[str, float]:
+        measured = self.answer_metric(answers, references)
+        try:
+            # Numbers of numpy or torch would not go into logs.
+            return {str(name): float(value) for name, value in measured.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"The answer metric returned {measured!r}, expected numbers by name, such as {{'accuracy': 0.5}}."
+            ) from error
 
     def generate_answers(self, dataset: Any) -> tuple[list[str], list[str]]:
         """

@@ -17,7 +17,7 @@ from .adapters import lora_config, quantization_config
 from .arguments import DataArguments, FlorenceVLTrainingArguments, ModelArguments, parse_recipe
 from .checkpoints import last_complete_checkpoint
 from .collator import FlorenceVLCollator
-from .conversation_data import load_conversations, with_lengths
+from .conversation_data import SampleError, load_conversations, with_lengths
 from .model_card import write_training_card
 from .stages import STAGES, log_trained, set_trainable
 from .trainer import AnswerMetric, FlorenceVLTrainer, exact_match
@@ -61,10 +61,7 @@ def train(recipe: dict[str, Any]) -> dict[str, float]:
         # A single evaluation set has no name.
         eval_dataset=eval_datasets.get(None, eval_datasets or None),
     )
-    checkpoint = last_complete_checkpoint(args.output_dir) if args.auto_resume else None
-    if checkpoint is not None:
-        logger.info(f"Going on from {checkpoint}.")
-    metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
+    metrics = _train_or_resume(trainer)
     evaluations = {}
     for name, dataset in eval_datasets.items():
         prefix = "eval" if name is None else f"eval_{name}"
@@ -86,6 +83,26 @@ def train(recipe: dict[str, Any]) -> dict[str, float]:
     if args.push_to_hub:
         trainer.push_to_hub()
     return metrics
+
+
+def _train_or_resume(trainer: FlorenceVLTrainer) -> dict[str, float]:
+    """Train, from the last complete checkpoint on if there is one, and return what `Trainer` measured."""
+    args = trainer.args
+    checkpoint = last_complete_checkpoint(args.output_dir) if args.auto_resume else None
+    if checkpoint is None:
+        return trainer.train().metrics
+    logger.info(f"Going on from {checkpoint}.")
+    try:
+        return trainer.train(resume_from_checkpoint=str(checkpoint)).metrics
+    except SampleError:
+        raise
+    except (KeyError, RuntimeError, ValueError) as error:
+        if trainer.state.global_step > int(checkpoint.name.rpartition("-")[2]):
+            raise
+        raise ValueError(
+            f"The run cannot go on from {checkpoint}: {error}. If the recipe was changed since, give it another "
+            f"`output_dir`, or start anew with `auto_resume: false`."
+        ) from error
 
 
 def _last_evaluation(trainer: FlorenceVLTrainer, prefix: str) -> dict[str, float] | None:
