@@ -298,7 +298,9 @@ class TestMerge:
         dtypes = {name: p.dtype for name, p in merged.named_parameters()}
         assert dtypes == {name: p.dtype for name, p in stored.named_parameters()}
 
-    def test_processor_and_card_of_the_adapter_come_along(self, adapter, processor, converted, tmp_path):
+    def test_processor_of_the_adapter_comes_along_and_what_its_card_says_of_both(
+        self, adapter, processor, converted, tmp_path
+    ):
         own = AutoProcessor.from_pretrained(converted)
         own.chat_template = "{{ 'trained with this' }}"
         own.save_pretrained(adapter)
@@ -306,7 +308,9 @@ class TestMerge:
         merge_adapter(adapter, tmp_path / "merged")
         assert AutoProcessor.from_pretrained(tmp_path / "merged").chat_template == own.chat_template
         card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
-        assert "# Trained" in card and "library_name: transformers" in card and "license: mit" in card
+        assert "library_name: transformers" in card and "license: mit" in card
+        # It is about another thing than the merged model.
+        assert "# Trained" not in card and "AutoModelForImageTextToText" in card
 
     @pytest.mark.parametrize("settings", [{"use_dora": True}, {"use_rslora": True}, {"init_lora_weights": "pissa"}])
     def test_leaves_variants_to_peft(self, settings, tmp_path, converted):

@@ -104,7 +104,7 @@ class TestReadRecipe:
 
     def test_no_is_a_word_and_false_is_false(self, tmp_path):
         path = self.write(tmp_path, "own.yaml", "save_strategy: no\nbf16: false\nuse_cpu: true\n")
-        recipe = read_recipe(path, ["eval_strategy=no", "tf32=False", "output_dir=falsehood"])
+        recipe = read_recipe(path, ["eval_strategy=no", "tf32=False", "output_dir=falsehood", "seed=1e-5"])
         assert recipe == {
             "save_strategy": "no",
             "bf16": False,
@@ -112,6 +112,7 @@ class TestReadRecipe:
             "eval_strategy": "no",
             "tf32": False,
             "output_dir": "falsehood",
+            "seed": 1e-5,
         }
 
     @pytest.mark.parametrize(
@@ -156,6 +157,8 @@ class TestParseRecipe:
             ({"on_error": "ignore"}, "on_error.*'ignore'"),
             ({"load_in_4bit": True}, "4 bits cannot be trained.*use_peft"),
             ({"load_in_4bit": True, "load_in_8bit": True, "use_peft": True}, "both"),
+            ({"use_peft": True, "fusion_strategy": "average"}, "another fusion together with `use_peft`"),
+            ({"max_length": 0}, "max_length: 0"),
             ({"use_peft": True, "stage": "pretrain"}, "'pretrain' trains the vision tower.*`finetune`"),
             ({"use_peft": True, "stage": "projector"}, "nothing for LoRA"),
         ],

@@ -51,6 +51,10 @@ class TestLearningRates:
             assert rates.pop(id(parameter)) == wanted[part_of(name)], name
         assert not rates
 
+    def test_a_rate_of_zero_is_one(self, converted, processor, tmp_path, rows):
+        trainer = make_trainer(converted, processor, tmp_path, rows, projector_learning_rate=0.0)
+        assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {0.0, 5e-5}
+
     def test_a_part_without_rate_stands_still_beside_one_with(self, converted, processor, tmp_path, rows):
         trainer = make_trainer(
             converted, processor, tmp_path, rows, learning_rate=0.0, projector_learning_rate=1e-3, max_steps=2

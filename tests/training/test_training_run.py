@@ -160,6 +160,9 @@ class TestAdapter:
         train(recipe | {"use_peft": True, "lora_r": 4})
         assert status("merge", recipe["output_dir"], tmp_path / "merged") == 0
         files_to_push(tmp_path / "merged")
+        card = ModelCard.load(tmp_path / "merged" / "README.md")
+        assert card.data.library_name == "transformers" and "lora" not in card.data.tags
+        assert "| lora_r | 4 |" in card.text and "PeftModel" not in card.text
 
 
 class TestResume:
@@ -189,7 +192,7 @@ class TestResume:
     def test_a_recipe_that_changed_is_told_so(self, recipe):
         recipe |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
         train(recipe)
-        with pytest.raises(ValueError, match="cannot go on from .*checkpoint-2.*auto_resume: false"):
+        with pytest.raises(ValueError, match="cannot go on from .*checkpoint-2.*another `output_dir`"):
             train(recipe | {"use_peft": True, "lora_r": 4, "max_steps": 4})
 
     def test_a_run_that_had_ended_takes_no_step_more(self, recipe):
@@ -202,13 +205,21 @@ class TestResume:
         state = json.loads((Path(recipe["output_dir"]) / "trainer_state.json").read_text())
         assert state["global_step"] == 3
 
-    def test_a_new_run_does_not_touch_an_old_one_if_told(self, recipe):
+    def test_a_new_run_refuses_the_checkpoints_of_an_old_one_if_told(self, recipe):
         recipe |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
         train(recipe)
-        metrics = train(recipe | {"auto_resume": False, "max_steps": 3})
-        assert metrics["train_loss"] > 0
-        log = json.loads((Path(recipe["output_dir"]) / "trainer_state.json").read_text())
-        assert log["global_step"] == 3
+        with pytest.raises(ValueError, match="holds checkpoint-2 of another run"):
+            train(recipe | {"auto_resume": False, "max_steps": 3})
+        assert train(recipe | {"auto_resume": False, "output_dir": recipe["output_dir"] + "-new"})["train_loss"] > 0
+
+    def test_a_checkpoint_by_name(self, recipe):
+        train(recipe | {"save_strategy": "steps", "save_steps": 2, "max_steps": 2})
+        checkpoint, other = recipe["output_dir"] + "/checkpoint-2", recipe["output_dir"] + "-other"
+        train(recipe | {"resume_from_checkpoint": checkpoint, "output_dir": other, "max_steps": 3})
+        log = json.loads((Path(other) / "trainer_state.json").read_text())["log_history"]
+        assert log[-1]["step"] == 3
+        with pytest.raises(ValueError, match="no checkpoint nowhere"):
+            train(recipe | {"resume_from_checkpoint": "nowhere", "output_dir": other + "2"})
 
 
 def test_settings_are_listed(capsys):
@@ -238,6 +249,9 @@ class TestMistakes:
             ({"answer_metric": "accuracy"}, "accuracy.*package.module:function"),
             ({"answer_metric": "nowhere:accuracy"}, "nowhere:accuracy.*PYTHONPATH"),
             ({"train_file": "nowhere.json"}, "nowhere.json"),
+            ({"image_folder": "nowhere"}, "no folder of pictures nowhere"),
+            ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+            ({"fusion_features": ["image"], "stage": "language_model"}, "'language_model' does not train it"),
         ],
     )
     def test_settings(self, recipe, given, message):

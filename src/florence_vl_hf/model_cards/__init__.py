@@ -7,6 +7,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
+from ..processing import FlorenceVLProcessor, load_chat_template
+
 
 CARD_FILE = "README.md"
 
@@ -26,4 +28,15 @@ def write_card(folder: Path, template: str, metadata: ModelCardData, **facts: An
     ModelCard(templates.get_template(template).render(card_data=metadata.to_yaml(), **facts)).save(folder / CARD_FILE)
 
 
-__all__ = ["CARD_FILE", "write_card"]
+def is_plain(processor: FlorenceVLProcessor) -> bool:
+    """Whether a model is shown pictures alone, to describe them, and not conversations."""
+    plain = load_chat_template("plain", processor.tokenizer, processor.image_token)
+    return processor.chat_template == plain
+
+
+def public_name(path_or_id: str | Path) -> str:
+    """What a card calls a model or its data: an id, or a folder's name, for where it lies concerns nobody."""
+    return Path(path_or_id).name if Path(path_or_id).exists() else str(path_or_id)
+
+
+__all__ = ["CARD_FILE", "is_plain", "public_name", "write_card"]

@@ -47,7 +47,7 @@ class ModelArguments:
         default=False, metadata={"help": "LoRA takes the language model's place among what the stage trains."}
     )
     lora_r: int = field(default=64, metadata={"help": "Rank of LoRA."})
-    lora_alpha: int = field(default=16, metadata={"help": "Alpha of LoRA."})
+    lora_alpha: float = field(default=16, metadata={"help": "Alpha of LoRA."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of LoRA."})
     load_in_4bit: bool = field(
         default=False, metadata={"help": "Hold the frozen language model in 4 bits (QLoRA), by bitsandbytes."}
@@ -63,6 +63,11 @@ class ModelArguments:
             raise ValueError(
                 f"Weights in {self.num_bits} bits cannot be trained; add `use_peft: true`, or leave `load_in_"
                 f"{self.num_bits}bit` out."
+            )
+        if self.use_peft and (self.fusion_strategy or self.fusion_features):
+            raise ValueError(
+                "Got another fusion together with `use_peft`: an adapter is loaded onto its base, which would not "
+                "know of it. Train the whole projector with this fusion first, then LoRA on top of that model."
             )
         if self.use_peft and "vision_tower" in STAGES[self.stage]:
             raise ValueError(
@@ -113,6 +118,8 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.max_length < 1:
+            raise ValueError(f"Got `max_length: {self.max_length}`, expected at least 1.")
         if isinstance(self.eval_file, str) and self.eval_file.startswith("{"):
             self.eval_file = json.loads(self.eval_file)
 
@@ -152,7 +159,10 @@ class FlorenceVLTrainingArguments(TrainingArguments):
     )
     auto_resume: bool = field(
         default=True,
-        metadata={"help": "Go on from the last complete checkpoint in `output_dir`, if there is one."},
+        metadata={
+            "help": "Go on from the last complete checkpoint in `output_dir`, if there is one. With false, a folder "
+            "that holds any is refused: checkpoints of two runs would replace each other."
+        },
     )
 
 
@@ -196,7 +206,7 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML in which, as in YAML 1.2, `no` and `off` are words: `save_strategy: no` means what it says."""
+    """As in YAML 1.2, `no` and `off` are words, so `save_strategy: no` means what it says, and 1e-5 is a number."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
@@ -204,7 +214,12 @@ class _RecipeLoader(yaml.SafeLoader):
     }
 
 
-_RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|True|false|False)$"), list("tTfF"))
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def _parse_yaml(text: str, source: str) -> Any:

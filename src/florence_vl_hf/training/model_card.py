@@ -13,8 +13,7 @@ from huggingface_hub import ModelCardData
 from peft import PeftModel
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
-from ..model_cards import write_card
-from ..processing import load_chat_template
+from ..model_cards import is_plain, public_name, write_card
 from .arguments import DataArguments, ModelArguments
 from .stages import count_trained
 from .trainer import FlorenceVLTrainer
@@ -55,7 +54,7 @@ def write_training_card(
     is_adapter = isinstance(model, PeftModel)
     processor = trainer.data_collator.processor
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    base_name = _public_name(model_arguments.model_name_or_path)
+    base_name = public_name(model_arguments.model_name_or_path)
     results = {
         name: {key: value for key, value in measured.items() if key not in NOT_A_RESULT}
         for name, measured in evaluations.items()
@@ -67,18 +66,19 @@ def write_training_card(
         name=trainer.args.hub_model_id or Path(trainer.args.output_dir).name,
         base_name=base_name,
         is_adapter=is_adapter,
-        is_plain=processor.chat_template == load_chat_template("plain", processor.tokenizer, processor.image_token),
+        is_plain=is_plain(processor),
         image_token=processor.image_token,
         do_pad=getattr(processor.image_processor, "do_pad", False),
         stage=model_arguments.stage,
         trained=count_trained(model),
         num_parameters=model.num_parameters() if not is_adapter else model.get_base_model().num_parameters(),
         config=model.config,
-        data_name=_public_name(data_arguments.train_file),
+        data_name=public_name(data_arguments.train_file),
         num_samples=len(trainer.train_dataset),
         num_skipped=num_skipped,
         max_length=data_arguments.max_length,
         state=trainer.state,
+        is_best=trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None,
         train_loss=losses[-1] if losses else None,
         hyperparameters=_hyperparameters(trainer, model_arguments),
         versions={module.__name__: module.__version__ for module in (transformers, torch, accelerate, peft)},
@@ -109,10 +109,6 @@ def _metadata(model_arguments: ModelArguments, data_arguments: DataArguments, is
         tags=["florence-vl", "florence2", *(["lora"] if is_adapter else [])],
         **known,
     )
-
-
-def _public_name(path_or_id: str) -> str:
-    return Path(path_or_id).name if Path(path_or_id).exists() else path_or_id
 
 
 __all__ = ["write_training_card"]

@@ -83,6 +83,11 @@ class FlorenceVLTrainer(Trainer):
         self.answer_metric = answer_metric
         # Writes the card in place of `Trainer`'s draft, once set by who knows more of the run.
         self.write_card: Callable[[], None] | None = None
+        if args.label_smoothing_factor:
+            raise ValueError(
+                "Got `label_smoothing_factor`, which `Trainer` applies to labels that are not shifted for models that "
+                "it does not know: the model would learn to repeat its input. Leave it out."
+            )
         if args.predict_with_generate and is_deepspeed_zero3_enabled():
             raise ValueError(
                 "Got `predict_with_generate` under ZeRO-3, where processes wait for each other forever if not all of "
@@ -96,7 +101,7 @@ class FlorenceVLTrainer(Trainer):
         optimizer_cls, optimizer_kwargs = super().get_optimizer_cls_and_kwargs(args, model)
         learning_rates = {"projector": args.projector_learning_rate, "vision_tower": args.vision_tower_learning_rate}
         # Some optimizers bring parameter groups of their own.
-        if any(learning_rates.values()) and "params" not in optimizer_kwargs:
+        if any(rate is not None for rate in learning_rates.values()) and "params" not in optimizer_kwargs:
             model = self.model if model is None else model
             decay_parameters = set(self.get_decay_parameter_names(model))
             optimizer_kwargs["params"] = parameter_groups(model, decay_parameters, args.weight_decay, learning_rates)
@@ -126,9 +131,8 @@ class FlorenceVLTrainer(Trainer):
                 num_items_in_batch = 1
         else:
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
-        # Whoever asks for outputs wants logits of all positions, and so do other losses than the model's own.
-        is_own_loss = self.label_smoother is None and self.compute_loss_func is None
-        if is_own_loss and not return_outputs and self.args.n_gpu <= 1:
+        # Whoever asks for outputs wants logits of all positions, and so does another loss than the model's own.
+        if self.compute_loss_func is None and not return_outputs and self.args.n_gpu <= 1:
             inputs = {**inputs, **learned_positions(inputs["labels"])}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 

@@ -3,6 +3,7 @@
 
 import importlib
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,7 +89,17 @@ def train(recipe: dict[str, Any]) -> dict[str, float]:
 def _train_or_resume(trainer: FlorenceVLTrainer) -> dict[str, float]:
     """Train, from the last complete checkpoint on if there is one, and return what `Trainer` measured."""
     args = trainer.args
-    checkpoint = last_complete_checkpoint(args.output_dir) if args.auto_resume else None
+    if args.resume_from_checkpoint is not None:
+        checkpoint = Path(args.resume_from_checkpoint)
+        if not checkpoint.is_dir():
+            raise ValueError(f"There is no checkpoint {checkpoint}, which `resume_from_checkpoint` names.")
+    else:
+        checkpoint = last_complete_checkpoint(args.output_dir)
+        if checkpoint is not None and not args.auto_resume:
+            raise ValueError(
+                f"{args.output_dir} holds {checkpoint.name} of another run, but `auto_resume` is false; give the run "
+                f"another `output_dir`, or remove its checkpoints."
+            )
     if checkpoint is None:
         return trainer.train().metrics
     logger.info(f"Going on from {checkpoint}.")
@@ -97,11 +108,12 @@ def _train_or_resume(trainer: FlorenceVLTrainer) -> dict[str, float]:
     except SampleError:
         raise
     except (KeyError, RuntimeError, ValueError) as error:
-        if trainer.state.global_step > int(checkpoint.name.rpartition("-")[2]):
+        _, _, step = checkpoint.name.rpartition("-")
+        if not step.isdigit() or trainer.state.global_step > int(step):
             raise
         raise ValueError(
             f"The run cannot go on from {checkpoint}: {error}. If the recipe was changed since, give it another "
-            f"`output_dir`, or start anew with `auto_resume: false`."
+            f"`output_dir`."
         ) from error
 
 
@@ -132,6 +144,9 @@ def load_datasets(
     data_arguments: DataArguments, args: FlorenceVLTrainingArguments, config: FlorenceVLConfig
 ) -> tuple[Dataset, dict[str | None, Dataset]]:
     """The training set, with lengths to group samples by, and the evaluation sets by name."""
+    for folder in filter(None, (data_arguments.image_folder, data_arguments.eval_image_folder)):
+        if not Path(folder).is_dir():
+            raise ValueError(f"There is no folder of pictures {folder}; name the one that paths are relative to.")
     train_dataset = load_conversations(
         data_arguments.train_file, data_arguments.image_folder, data_arguments.train_split
     )
@@ -213,6 +228,11 @@ def _check_loading(model_arguments: ModelArguments, loading: dict[str, Any]) -> 
         raise ValueError(
             f"{model_arguments.model_name_or_path} lacks {len(wrong)} tensors of the model, or has them in other "
             f"shapes, such as {wrong[0]}; give a complete model."
+        )
+    if expected and "projector" not in STAGES[model_arguments.stage]:
+        raise ValueError(
+            f"The projector's first layer is new, since the fusion has another width, but stage "
+            f"{model_arguments.stage!r} does not train it; take one that does, such as `projector`."
         )
     if expected:
         logger.warning("The projector's first layer starts anew, since the fusion has another width.")
