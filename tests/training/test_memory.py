@@ -215,12 +215,15 @@ class TestSettings:
             "gradient_checkpointing": True,
             "bf16": True,
             "max_length": 700,
-            "fusion_features": ["image"],
         }
         model, changes, setup = read_setup(recipe, accelerate_config=ROOT / "recipes/accelerate/fsdp2.yaml")
-        assert (model, changes) == ("somewhere", {"fusion_features": ["image"]})
+        assert (model, changes) == ("somewhere", {})
         assert (setup.sharding, setup.num_gpus, setup.batch_size, setup.max_length) == ("fsdp2", 8, 3, 700)
         assert (setup.lora_rank, setup.bits, setup.mixed_precision, setup.dtype) == (8, 4, True, "float32")
+
+    def test_another_fusion_is_a_change_of_the_configuration(self) -> None:
+        recipe = {"model_name_or_path": "somewhere", "train_file": "data.json", "fusion_features": ["image"]}
+        assert read_setup(recipe)[1] == {"fusion_features": ["image"]}
 
     @pytest.mark.parametrize(
         ("file", "sharding"), [("ddp", "ddp"), ("deepspeed_zero2", "zero2"), ("deepspeed_zero3", "zero3")]
