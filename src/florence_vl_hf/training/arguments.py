@@ -64,7 +64,7 @@ class ModelArguments:
                 f"Weights in {self.num_bits} bits cannot be trained; add `use_peft: true`, or leave `load_in_"
                 f"{self.num_bits}bit` out."
             )
-        if self.use_peft and (self.fusion_strategy or self.fusion_features):
+        if self.use_peft and self.fusion_changes:
             raise ValueError(
                 "Got another fusion together with `use_peft`: an adapter is loaded onto its base, which would not "
                 "know of it. Train the whole projector with this fusion first, then LoRA on top of that model."
@@ -79,6 +79,12 @@ class ModelArguments:
                 f"Stage {self.stage!r} does not train the language model, so there is nothing for LoRA; leave "
                 f"`use_peft` out, or take `finetune` or `language_model`."
             )
+
+    @property
+    def fusion_changes(self) -> dict[str, Any]:
+        """What a recipe changes about the fusion of the model's configuration."""
+        changes = {"fusion_strategy": self.fusion_strategy, "fusion_features": self.fusion_features}
+        return {name: value for name, value in changes.items() if value}
 
     @property
     def num_bits(self) -> int | None:

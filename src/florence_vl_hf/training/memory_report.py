@@ -63,8 +63,7 @@ def read_setup(
         bits=model.num_bits,
         attention="eager" if model.attn_implementation == "eager" else "sdpa",
     )
-    changes = {name: getattr(model, name) for name in ("fusion_strategy", "fusion_features")}
-    return model.model_name_or_path, {name: value for name, value in changes.items() if value}, setup
+    return model.model_name_or_path, model.fusion_changes, setup
 
 
 def _read_accelerate_config(path: str | Path) -> tuple[int, Sharding]:

@@ -210,19 +210,16 @@ def load_config(model_arguments: ModelArguments) -> FlorenceVLConfig:
             f"{model_arguments.model_name_or_path} is a {config.model_type!r}, expected a Florence-VL; "
             f"`florence-vl assemble` makes one from a Florence-2 and a language model."
         )
-    changes = {
-        name: getattr(model_arguments, name)
-        for name in ("fusion_strategy", "fusion_features")
-        if getattr(model_arguments, name) is not None
-    }
+    changes = model_arguments.fusion_changes
     return FlorenceVLConfig.from_dict(config.to_dict() | changes) if changes else config
 
 
 def _check_loading(model_arguments: ModelArguments, loading: dict[str, Any]) -> None:
     """Refuse a model that is not whole. With another fusion, the projector's first layer may be new."""
-    changes_fusion = model_arguments.fusion_strategy or model_arguments.fusion_features
     misshapen = [name for name, *_ in loading["mismatched_keys"]]
-    expected = [name for name in misshapen if "multi_modal_projector.layers.0." in name] if changes_fusion else []
+    expected = []
+    if model_arguments.fusion_changes:
+        expected = [name for name in misshapen if "multi_modal_projector.layers.0." in name]
     wrong = sorted({*loading["missing_keys"], *misshapen} - {*expected})
     if wrong:
         raise ValueError(
