@@ -20,7 +20,7 @@ from florence_vl_hf.conversion import convert
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
-IMAGE_MARK = -200
+IMAGE_PLACEHOLDER = -200
 
 
 @dataclass(frozen=True)

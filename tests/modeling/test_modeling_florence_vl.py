@@ -21,7 +21,7 @@ from ..conftest import tiny_config, tiny_inputs, tiny_model
 
 
 def count_calls(module: torch.nn.Module) -> list[tuple[int, ...]]:
-    """The shapes of the first outputs of a module, as it runs from now on."""
+    """Shapes of the first input of every later call of a module."""
     calls: list[tuple[int, ...]] = []
     module.register_forward_hook(lambda module, args, output: calls.append(tuple(args[0].shape) if args else ()))
     return calls
@@ -30,15 +30,15 @@ def count_calls(module: torch.nn.Module) -> list[tuple[int, ...]]:
 class TestAgainstTheOriginal:
     def test_features(self, golden, model):
         with torch.no_grad():
-            seen = model.get_image_features(golden.tensors["pixel_values"], output_hidden_states=True)
-        davit = seen.hidden_states[-1].flatten(2).transpose(1, 2)
-        prompt_features = torch.cat([seen.features[name] for name in ("caption", "ocr", "grounding")], dim=-1)
+            output = model.get_image_features(golden.tensors["pixel_values"], output_hidden_states=True)
+        davit = output.hidden_states[-1].flatten(2).transpose(1, 2)
+        prompt_features = torch.cat([output.features[name] for name in ("caption", "ocr", "grounding")], dim=-1)
         close = {"rtol": 0, "atol": 1e-4}
         assert_close(davit, golden.tensors["davit"], rtol=1e-5, atol=1e-4)  # values up to 100
-        assert_close(seen.features["image"], golden.tensors["image_feature"], **close)
+        assert_close(output.features["image"], golden.tensors["image_feature"], **close)
         assert_close(prompt_features, golden.tensors["encoder_last_hidden_state"], **close)
-        assert_close(seen.last_hidden_state, torch.cat([seen.features["image"], prompt_features], dim=-1))
-        assert_close(torch.stack(seen.pooler_output), golden.tensors["projected"], **close)
+        assert_close(output.last_hidden_state, torch.cat([output.features["image"], prompt_features], dim=-1))
+        assert_close(torch.stack(output.pooler_output), golden.tensors["projected"], **close)
 
     def test_logits_loss_and_gradients(self, golden, model):
         parameters = dict(model.named_parameters())
@@ -51,9 +51,9 @@ class TestAgainstTheOriginal:
             output.loss.backward()
 
             recorded = golden.tensors[f"forward{i}.logits"]
-            read = inputs["attention_mask"].bool()
+            attended = inputs["attention_mask"].bool()
             logits = output.logits[..., ::5][..., : recorded.shape[-1]]
-            assert_close(logits[read], recorded[read], rtol=0, atol=2e-3)
+            assert_close(logits[attended], recorded[attended], rtol=0, atol=2e-3)
             assert output.loss.item() == pytest.approx(forward["loss"], abs=1e-3)
             for name, norm in forward["grad_norms"].items():
                 gradient = parameters[to_converted(name).name].grad
@@ -70,8 +70,8 @@ class TestAgainstTheOriginal:
 
 
 class TestVisionTower:
-    def test_sees_what_florence_2_sees(self):
-        """Our DaViT, projection and encoder hold the weights of Transformers' Florence-2, and give what it gives."""
+    def test_equals_florence_2_of_transformers(self):
+        """With the weights of DaViT, projection and encoder, Florence-2 of Transformers gives the same features."""
         model = tiny_model()
         tower = model.model.vision_tower
         theirs = Florence2ForConditionalGeneration(copy.deepcopy(model.config.vision_config)).eval().model
@@ -83,9 +83,9 @@ class TestVisionTower:
             image_feature = theirs.get_image_features(pixel_values, return_dict=True).pooler_output
             prompt = theirs.language_model.encoder.embed_tokens(torch.tensor([[0, 9, 2, 1]] * 2))
             encoded = theirs.language_model.encoder(inputs_embeds=torch.cat([image_feature, prompt], dim=1))
-            seen = model.get_image_features(pixel_values)
-        assert_close(seen.features["image"], image_feature)
-        assert_close(seen.features["ocr"], encoded.last_hidden_state[:, :5])
+            output = model.get_image_features(pixel_values)
+        assert_close(output.features["image"], image_feature)
+        assert_close(output.features["ocr"], encoded.last_hidden_state[:, :5])
 
     def test_runs_davit_once_and_builds_no_decoder(self):
         model = tiny_model()
@@ -97,11 +97,11 @@ class TestVisionTower:
     def test_does_not_run_the_encoder_without_prompts(self):
         model = tiny_model(fusion_features=["image"])
         calls = count_calls(model.model.vision_tower.encoder.layernorm_embedding)
-        seen = model.get_image_features(torch.randn(2, 3, 64, 64))
+        output = model.get_image_features(torch.randn(2, 3, 64, 64))
         assert calls == []
-        assert_close(seen.last_hidden_state, seen.features["image"])
+        assert_close(output.last_hidden_state, output.features["image"])
 
-    def test_prompts_in_one_batch_are_read_as_if_alone(self):
+    def test_batched_prompts_equal_single_prompts(self):
         pixel_values = torch.randn(2, 3, 64, 64)
         prompt_token_ids = {"caption": [0, 7, 8, 9, 10, 2], "ocr": [0, 9, 2]}  # of different lengths
         together = tiny_model(prompt_token_ids=prompt_token_ids).get_image_features(pixel_values).features
@@ -112,7 +112,7 @@ class TestVisionTower:
             )
             assert_close(together[name], alone.get_image_features(pixel_values).features[name])
 
-    def test_padding_of_a_prompt_is_read_unless_masked(self):
+    def test_prompt_padding_is_attended_to_unless_masked(self):
         pixel_values = torch.randn(1, 3, 64, 64)
         read = tiny_model().get_image_features(pixel_values).features["ocr"]
         masked = tiny_model(mask_prompt_padding=True).get_image_features(pixel_values).features["ocr"]
@@ -121,17 +121,17 @@ class TestVisionTower:
         assert_close(masked, trimmed)
         assert not torch.allclose(masked, read)
 
-    def test_image_feature_sources_come_in_their_order(self):
+    def test_image_feature_sources_keep_their_order(self):
         pixel_values = torch.randn(1, 3, 64, 64)
         usual = tiny_model().get_image_features(pixel_values).features["image"]
         turned = tiny_model(image_feature_source=["last_frame", "spatial_avg_pool"])
         assert_close(turned.get_image_features(pixel_values).features["image"], usual[:, [1, 2, 3, 4, 0]])
 
-    def test_hidden_states_and_attentions_come_when_asked_for(self):
+    def test_returns_hidden_states_and_attentions_on_request(self):
         model = tiny_model()
         model.set_attn_implementation("eager")
-        seen = model.get_image_features(torch.randn(2, 3, 64, 64), output_hidden_states=True, output_attentions=True)
-        assert [tuple(state.shape[1:]) for state in seen.hidden_states] == [
+        output = model.get_image_features(torch.randn(2, 3, 64, 64), output_hidden_states=True, output_attentions=True)
+        assert [tuple(state.shape[1:]) for state in output.hidden_states] == [
             (16, 16, 16),
             (16, 16, 16),
             (16, 8, 8),
@@ -139,14 +139,14 @@ class TestVisionTower:
             (32, 4, 4),
             (32, 2, 2),
         ]
-        assert len(seen.attentions) == 2 * 5
-        for attention in seen.attentions:
+        assert len(output.attentions) == 2 * 5
+        for attention in output.attentions:
             assert_close(attention.sum(-1), torch.ones_like(attention.sum(-1)))
-        assert [tuple(state.shape) for state in seen.encoder_hidden_states] == [(2, 2, 9, 16)] * 3
-        assert [tuple(attention.shape) for attention in seen.encoder_attentions] == [(2, 2, 2, 9, 9)] * 2
+        assert [tuple(state.shape) for state in output.encoder_hidden_states] == [(2, 2, 9, 16)] * 3
+        assert [tuple(attention.shape) for attention in output.encoder_attentions] == [(2, 2, 2, 9, 9)] * 2
         assert model.get_image_features(torch.randn(2, 3, 64, 64)).hidden_states is None
 
-    def test_channel_attention_is_kept_from_implementations_with_a_largest_head(self):
+    def test_channel_attention_does_not_use_the_attention_interface(self):
         shapes = []
 
         def no_large_heads(module, query, key, value, attention_mask, **kwargs):
@@ -178,13 +178,13 @@ class TestFusion:
         average = tiny_model(fusion_strategy="average").get_image_features(pixel_values)
         assert_close(average.last_hidden_state, sum(features) / 3)
 
-    def test_features_come_in_the_order_of_the_configuration(self):
-        seen = tiny_model(fusion_features=["ocr", "image"]).get_image_features(torch.randn(1, 3, 64, 64))
-        assert list(seen.features) == ["ocr", "image"]
-        assert_close(seen.last_hidden_state, torch.cat([seen.features["ocr"], seen.features["image"]], dim=-1))
+    def test_features_have_the_order_of_the_configuration(self):
+        output = tiny_model(fusion_features=["ocr", "image"]).get_image_features(torch.randn(1, 3, 64, 64))
+        assert list(output.features) == ["ocr", "image"]
+        assert_close(output.last_hidden_state, torch.cat([output.features["ocr"], output.features["image"]], dim=-1))
 
     @pytest.mark.parametrize("strategy", ["channel", "token", "average"])
-    def test_every_strategy_answers(self, strategy):
+    def test_every_strategy_generates(self, strategy):
         model = tiny_model(fusion_strategy=strategy)
         inputs = tiny_inputs(model.config, [1])
         pooled = model.get_image_features(inputs["pixel_values"]).pooler_output
@@ -193,7 +193,7 @@ class TestFusion:
 
 
 class TestForward:
-    def test_left_padded_batch_of_any_number_of_images_equals_single_rows(self):
+    def test_left_padded_batch_with_any_number_of_images_equals_single_samples(self):
         model = tiny_model()
         batch = tiny_inputs(model.config, [1, 0, 2])
         logits = model(**batch).logits
@@ -205,7 +205,7 @@ class TestForward:
             ).logits
             assert_close(logits[row, mask.bool()], single[0], rtol=0, atol=1e-5)
 
-    def test_images_stand_where_their_tokens_are(self):
+    def test_image_features_replace_image_tokens(self):
         model = tiny_model()
         inputs = tiny_inputs(model.config, [2])
         embeds = model.get_input_embeddings()(inputs["input_ids"])
@@ -213,14 +213,14 @@ class TestForward:
         by_hand = model.model.language_model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
         assert_close(model.model(**inputs).last_hidden_state, by_hand.last_hidden_state)
 
-    def test_embeddings_instead_of_ids(self):
+    def test_inputs_embeds_instead_of_input_ids(self):
         model = tiny_model()
         inputs = tiny_inputs(model.config, [1, 1])
         logits = model(**inputs).logits
         embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
         assert_close(model(inputs_embeds=embeds, **inputs).logits, logits)
 
-    def test_images_that_were_encoded_before(self):
+    def test_mm_encoder_outputs_instead_of_pixel_values(self):
         model = tiny_model()
         inputs = tiny_inputs(model.config, [1, 2])
         logits = model(**inputs).logits
@@ -233,7 +233,7 @@ class TestForward:
         assert calls == []
 
     @pytest.mark.parametrize("num_images", [1, 3])
-    def test_as_many_images_as_marks(self, num_images):
+    def test_numbers_of_image_tokens_and_features_must_match(self, num_images):
         model = tiny_model()
         inputs = tiny_inputs(model.config, [2])
         inputs["pixel_values"] = torch.randn(num_images, 3, 64, 64)
@@ -241,7 +241,7 @@ class TestForward:
         with pytest.raises(ValueError, match=message):
             model(**inputs)
 
-    def test_either_ids_or_embeddings(self):
+    def test_requires_either_input_ids_or_inputs_embeds(self):
         with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
             tiny_model()(attention_mask=torch.ones(1, 3))
 
@@ -256,11 +256,11 @@ class TestForward:
     def test_attention_implementations_agree(self, implementation):
         model = tiny_model()
         inputs = tiny_inputs(model.config, [1, 0, 2])
-        read = inputs["attention_mask"].bool()
+        attended = inputs["attention_mask"].bool()
         with torch.no_grad():
-            logits = model(**inputs).logits[read]
+            logits = model(**inputs).logits[attended]
             model.set_attn_implementation(implementation)
-            assert_close(model(**inputs).logits[read], logits, rtol=0, atol=1e-5)
+            assert_close(model(**inputs).logits[attended], logits, rtol=0, atol=1e-5)
 
     def test_implementation_per_sub_model(self, tmp_path):
         tiny_model().save_pretrained(tmp_path)
@@ -281,7 +281,7 @@ class TestForward:
 
 
 class TestGenerate:
-    def test_cached_decoding_equals_whole_forwards(self):
+    def test_cached_decoding_equals_full_forwards(self):
         model = tiny_model()
         inputs = tiny_inputs(model.config, [1, 0])
         output_ids = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
@@ -294,7 +294,7 @@ class TestGenerate:
             mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
             assert output_ids[:, length + step].tolist() == ids[:, -1].tolist()
 
-    def test_static_cache_and_compilation_give_the_same_tokens(self):
+    def test_static_cache_gives_the_same_tokens(self):
         model = tiny_model()
         inputs = tiny_inputs(model.config, [1, 2])
         settings = {"max_new_tokens": 5, "do_sample": False}
@@ -313,9 +313,9 @@ class TestGenerate:
             alone = model.generate(input_ids=ids, **pixel_values, **settings)[0, ids.shape[1] :]
             assert together[row][: len(alone)].tolist() == alone.tolist()
 
-    def test_never_says_image(self):
+    def test_never_generates_the_image_token(self):
         model = tiny_model()
-        with torch.no_grad():  # it would say nothing else
+        with torch.no_grad():  # without suppression, the most likely token at every step
             model.lm_head.weight[:] = 0
             model.lm_head.weight[model.config.image_token_id] = 100 * model.model.language_model.norm.weight
         inputs = tiny_inputs(model.config, [1])
@@ -325,7 +325,7 @@ class TestGenerate:
 
 
 class TestTraining:
-    def test_gradient_checkpointing_recomputes_all_three_parts_to_the_same_gradients(self):
+    def test_gradient_checkpointing_recomputes_all_parts_and_keeps_the_gradients(self):
         inputs = tiny_inputs(tiny_config(), [1, 0, 2])
         inputs["labels"] = inputs["input_ids"]
 
@@ -358,8 +358,8 @@ class TestTraining:
         assert {name for name in without if not name.endswith("k_proj.bias")} == set()
 
 
-class TestFolders:
-    def test_auto_classes_load_what_was_saved(self, tmp_path):
+class TestSaveAndLoad:
+    def test_auto_classes(self, tmp_path):
         model = tiny_model()
         inputs = tiny_inputs(model.config, [1, 2])
         model.save_pretrained(tmp_path)
@@ -409,7 +409,7 @@ class TestPlans:
         assert plan["model.language_model.layers.*.self_attn.q_proj"] == "colwise"
         assert not [name for name in plan if "vision_tower" in name]
 
-    def test_blocks_of_all_three_parts_stay_whole(self):
+    def test_blocks_of_all_parts_are_not_split(self):
         no_split = set(tiny_model()._no_split_modules)
         assert {
             "FlorenceVLVisionBlock",
@@ -418,7 +418,7 @@ class TestPlans:
             "LlamaDecoderLayer",
         } <= no_split
 
-    def test_names_that_the_ecosystem_looks_for(self):
+    def test_names_that_other_libraries_use(self):
         model = tiny_model()
         assert model.get_encoder("image") is model.model.vision_tower
         assert model.get_decoder() is model.model.language_model

@@ -1,7 +1,7 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Florence-VL model configuration: every number that the model and the processor share is derived here."""
+"""Configuration of Florence-VL. Every number that the model and the processor share is derived here."""
 
-from collections.abc import Callable
+import math
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -10,10 +10,10 @@ from transformers.activations import ACT2FN
 from transformers.utils import auto_docstring
 
 
-# The name of V, the features that come straight from DaViT, among the prompts' names.
+# Name of V, the features of the image without a prompt, beside the names of the prompts.
 IMAGE_FEATURE = "image"
 
-# The three prompts of the paper. Parity: the original keeps these ids as constants, padded with 1 to one length.
+# The prompts of the paper. Parity: the original keeps these ids as constants, padded with 1 to one length.
 DEFAULT_PROMPTS = {
     "caption": "Describe in detail what is shown in the image.",
     "ocr": "What is the text in the image?",
@@ -25,7 +25,7 @@ DEFAULT_PROMPT_TOKEN_IDS = {
     "grounding": [0, 574, 22486, 5, 8720, 11, 5, 2274, 6, 19, 49, 24173, 4, 2],
 }
 
-# Florence-2-large, the eye of every published Florence-VL.
+# Florence-2-large, the vision tower of every published Florence-VL.
 FLORENCE_2_LARGE = {
     "vision_config": {
         "embed_dim": [256, 512, 1024, 2048],
@@ -49,7 +49,8 @@ FLORENCE_2_LARGE = {
     },
 }
 
-# Llama-3.1-8B with the rows of a converted checkpoint: 128256 of Llama, `<pad>`, `<image>`, up to a multiple of 64.
+# Llama-3.1-8B with the vocabulary of a converted checkpoint: 128256 tokens of Llama, `<pad>`, `<image>`, padded to a
+# multiple of 64.
 LLAMA_3_1_8B = {
     "model_type": "llama",
     "vocab_size": 128320,
@@ -71,6 +72,16 @@ LLAMA_3_1_8B = {
 }
 
 
+# Written into every config.json: the module and class of each Auto class, for `trust_remote_code=True`.
+AUTO_MAP = {
+    "AutoConfig": "configuration_florence_vl.FlorenceVLConfig",
+    "AutoModel": "modeling_florence_vl.FlorenceVLModel",
+    "AutoModelForImageTextToText": "modeling_florence_vl.FlorenceVLForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_florence_vl.FlorenceVLForConditionalGeneration",
+    "AutoProcessor": "processing_florence_vl.FlorenceVLProcessor",
+}
+
+
 @auto_docstring(
     custom_intro="""
     Configuration of a Florence-VL model: a Florence-2 vision tower, the fusion of its features, a projector and any
@@ -81,31 +92,30 @@ LLAMA_3_1_8B = {
 class FlorenceVLConfig(PreTrainedConfig):
     r"""
     vision_config (`Florence2Config` or `dict`, *optional*):
-        The whole Florence-2: `vision_config.vision_config` is DaViT, `vision_config.text_config` is BART, of which
-        only the encoder is built. Defaults to Florence-2-large.
+        Configuration of Florence-2: `vision_config.vision_config` is DaViT, `vision_config.text_config` is BART, of
+        which only the encoder is built. Defaults to Florence-2-large.
     text_config (`PreTrainedConfig` or `dict`, *optional*):
-        Any causal language model. A `dict` should name its `model_type`; it defaults to Llama.
+        Configuration of any causal language model. A `dict` should contain `model_type`. Defaults to Llama-3.1-8B.
     image_token_id (`int`, *optional*, defaults to 128257):
-        Id of the token whose embeddings are replaced by image features. It is never generated.
+        Id of the image token, whose embeddings are replaced by image features. It is never generated.
     image_size (`int`, *optional*, defaults to 768):
-        Height and width of the square that every picture is resized to, in pixels.
+        Height and width of the resized images, in pixels.
     image_feature_source (`list[str]`, *optional*, defaults to `["spatial_avg_pool", "temporal_avg_pool"]`):
         How DaViT's feature map becomes tokens, concatenated in this order: `spatial_avg_pool` (mean over positions, 1
         token), `temporal_avg_pool` (mean over frames, one token per position), `last_frame` (one token per position).
     fusion_strategy (`str`, *optional*, defaults to `"channel"`):
-        `channel` concatenates the features along channels, `token` along tokens, `average` takes their mean.
+        `channel` concatenates the features along channels, `token` along tokens, `average` computes their mean.
     fusion_features (`list[str]`, *optional*):
         Which features are fused, in order: `image` (V) and names of prompts. Defaults to `image`, then all prompts.
     prompts (`dict[str, str]`, *optional*):
-        The prompts that the vision tower reads the image under, by name. Defaults to the paper's `caption`, `ocr` and
-        `grounding`.
+        Prompts of the vision tower, by name. Defaults to `caption`, `ocr` and `grounding` of the paper.
     prompt_token_ids (`dict[str, list[int]]`, *optional*):
-        Token ids of each prompt in Florence-2's vocabulary, with special tokens and, if wanted, padding. Needed for
+        Token ids of each prompt in Florence-2's vocabulary, with special tokens and optionally padding. Required for
         every prompt that is not one of the paper's.
     mask_prompt_padding (`bool`, *optional*, defaults to `False`):
-        Whether padding within `prompt_token_ids` is hidden from attention. The published checkpoints attend to it.
+        Whether to mask padding within `prompt_token_ids`. The published checkpoints attend to it.
     projector_depth (`int`, *optional*, defaults to 3):
-        Number of linear layers of the projector, with `projector_hidden_act` between them.
+        Number of linear layers of the projector.
     projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
         Activation between the layers of the projector.
 
@@ -120,13 +130,12 @@ class FlorenceVLConfig(PreTrainedConfig):
     ```"""
 
     model_type = "florence_vl"
-    # Reads configurations of a foreign layout, once set by who knows one: whether it is one, and how.
-    foreign_loader: ClassVar[tuple[Callable[..., bool], Callable[..., Any]] | None] = None
-    # Transformers 5.23 also knows `sub_configs_defaults`; this older form works in every supported version.
-    sub_configs = {"vision_config": Florence2Config, "text_config": AutoConfig}
+    # Transformers 5.23 prefers `sub_configs_defaults`; this form works in every supported version.
+    sub_configs: ClassVar[dict[str, type]] = {"vision_config": Florence2Config, "text_config": AutoConfig}
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    # Given as a `dict`, as a configuration or as `None`; configurations after `__post_init__`.
+    vision_config: Any = None
+    text_config: Any = None
     image_token_id: int = 128257
     image_size: int = 768
     image_feature_source: list[str] | tuple[str, ...] = ("spatial_avg_pool", "temporal_avg_pool")
@@ -152,25 +161,17 @@ class FlorenceVLConfig(PreTrainedConfig):
         self.prompt_token_ids = {**self._default_prompt_token_ids(), **(self.prompt_token_ids or {})}
         if self.fusion_features is None:
             self.fusion_features = [IMAGE_FEATURE, *self.prompts]
-        # Language models say themselves whether their head is tied; a composite model is asked at the top.
+        # Transformers reads this flag from the outer configuration only.
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
 
         super().__post_init__(**kwargs)
         self._validate_tower()
         self._validate_fusion()
         self._validate_text()
-        # Transformers looks here for the width of `get_image_features(...).last_hidden_state`.
+        # Overrides the map of a loaded config.json, which may name the repository that it was loaded from.
+        self.auto_map = dict(AUTO_MAP)
+        # Transformers reads the width of `get_image_features(...).last_hidden_state` from here.
         self.vision_config.out_hidden_size = self.fused_hidden_size
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As in Transformers; with the package installed, also of an original checkpoint as it is."""
-        if cls.foreign_loader is not None:
-            is_foreign, load_foreign = cls.foreign_loader
-            if is_foreign(pretrained_model_name_or_path, **kwargs):
-                foreign = load_foreign(pretrained_model_name_or_path, **kwargs)
-                return cls.from_dict(foreign.to_dict(), **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def _default_prompt_token_ids(self) -> dict[str, list[int]]:
         return {
@@ -190,7 +191,7 @@ class FlorenceVLConfig(PreTrainedConfig):
 
     @property
     def num_feature_tokens(self) -> int:
-        """Tokens of V and of each prompt's features, before the fusion."""
+        """Number of tokens of V and of each V't, before the fusion."""
         tokens_of_source = {
             "spatial_avg_pool": 1,
             "temporal_avg_pool": self.feature_grid_size**2,
@@ -200,18 +201,18 @@ class FlorenceVLConfig(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Tokens that one image takes among the language model's inputs."""
+        """Number of image tokens per image in the inputs of the language model."""
         return self.num_feature_tokens * (len(self.fusion_features) if self.fusion_strategy == "token" else 1)
 
     @property
     def fused_hidden_size(self) -> int:
-        """Channels of the fused features, which the projector reads."""
+        """Channels of the fused features, the input of the projector."""
         width = self.vision_config.vision_config.projection_dim
         return width * (len(self.fusion_features) if self.fusion_strategy == "channel" else 1)
 
     @property
     def fusion_prompts(self) -> list[str]:
-        """Names of the prompts that are fused, in order: only these are read."""
+        """Names of the prompts that are fused, in order. The vision tower reads only these."""
         return [name for name in self.fusion_features if name != IMAGE_FEATURE]
 
     def _validate_tower(self) -> None:
@@ -222,19 +223,18 @@ class FlorenceVLConfig(PreTrainedConfig):
                 width % divisor for width, divisor in zip(davit.embed_dim, divisors, strict=True)
             ):
                 raise ValueError(
-                    f"DaViT's `{name}` is {list(divisors)}, but its stages have `embed_dim` {list(davit.embed_dim)}; "
-                    f"give one number per stage, each of which divides the stage's width."
+                    f"`{name}` of DaViT is {list(divisors)} but `embed_dim` is {list(davit.embed_dim)}; give one "
+                    f"number per entry of `embed_dim`, each of which divides it."
                 )
         if bart.d_model % bart.encoder_attention_heads:
             raise ValueError(
-                f"The BART encoder has {bart.d_model} channels (`d_model`), which its {bart.encoder_attention_heads} "
-                f"heads (`encoder_attention_heads`) do not divide; change one of them."
+                f"`d_model` of BART is {bart.d_model}, which is not divisible by `encoder_attention_heads`, "
+                f"{bart.encoder_attention_heads}; change one of them."
             )
         if davit.projection_dim != bart.d_model:
             raise ValueError(
-                f"DaViT's features are projected to {davit.projection_dim} channels "
-                f"(`vision_config.vision_config.projection_dim`), but the BART encoder that reads them has "
-                f"{bart.d_model} (`vision_config.text_config.d_model`); make the two equal."
+                f"`vision_config.vision_config.projection_dim` is {davit.projection_dim} but "
+                f"`vision_config.text_config.d_model` is {bart.d_model}; make them equal."
             )
         known_sources = ("spatial_avg_pool", "temporal_avg_pool", "last_frame")
         unknown_sources = [source for source in self.image_feature_source if source not in known_sources]
@@ -245,8 +245,8 @@ class FlorenceVLConfig(PreTrainedConfig):
             )
         if self.feature_grid_size < 1:
             raise ValueError(
-                f"`image_size` is {self.image_size}, which leaves no feature map; DaViT divides it by about "
-                f"{self._total_stride()}. Give a larger one."
+                f"`image_size` is {self.image_size}, which leaves no feature map: DaViT divides it by about "
+                f"{math.prod(davit.patch_stride)}. Give a larger one."
             )
         if self.feature_grid_size > davit.max_position_embeddings:
             raise ValueError(
@@ -255,24 +255,18 @@ class FlorenceVLConfig(PreTrainedConfig):
                 f"embeddings (`vision_config.vision_config.max_position_embeddings`). Give a smaller `image_size`."
             )
 
-    def _total_stride(self) -> int:
-        total_stride = 1
-        for stride in self.vision_config.vision_config.patch_stride:
-            total_stride *= stride
-        return total_stride
-
     def _validate_fusion(self) -> None:
         bart = self.vision_config.text_config
         if IMAGE_FEATURE in self.prompts:
             raise ValueError(
-                f"A prompt is called {IMAGE_FEATURE!r}, which names the features without any prompt; rename it."
+                f"A prompt is named {IMAGE_FEATURE!r}, the name of the features without a prompt; rename the prompt."
             )
         choices = [IMAGE_FEATURE, *self.prompts]
         features = list(self.fusion_features)
         if not features or len(set(features)) != len(features) or not set(features) <= set(choices):
             raise ValueError(f"`fusion_features` is {features}; give one or more of {choices}, each at most once.")
         if extra := sorted(set(self.prompt_token_ids) - set(self.prompts)):
-            raise ValueError(f"`prompt_token_ids` has {extra}, which `prompts` lacks; add them there or drop them.")
+            raise ValueError(f"`prompt_token_ids` has {extra}, which `prompts` lacks; add them there or remove them.")
         for name in self.prompts:
             token_ids = self.prompt_token_ids.get(name)
             if not token_ids:
@@ -282,21 +276,21 @@ class FlorenceVLConfig(PreTrainedConfig):
                 )
             if min(token_ids) < 0 or max(token_ids) >= bart.vocab_size:
                 raise ValueError(
-                    f"`prompt_token_ids[{name!r}]` runs from {min(token_ids)} to {max(token_ids)}, but the BART "
-                    f"encoder knows ids 0 to {bart.vocab_size - 1} (`vision_config.text_config.vocab_size`); use the "
-                    f"tower's own tokenizer."
+                    f"`prompt_token_ids[{name!r}]` contains ids from {min(token_ids)} to {max(token_ids)}, but the "
+                    f"vocabulary of BART has ids 0 to {bart.vocab_size - 1} (`vision_config.text_config.vocab_size`); "
+                    f"use Florence-2's tokenizer."
                 )
         longest_prompt = max((len(self.prompt_token_ids[name]) for name in self.fusion_prompts), default=0)
         if longest_prompt and self.num_feature_tokens + longest_prompt > bart.max_position_embeddings:
             raise ValueError(
-                f"The BART encoder reads {self.num_feature_tokens} image tokens and up to {longest_prompt} prompt "
+                f"BART's encoder gets {self.num_feature_tokens} image tokens and up to {longest_prompt} prompt "
                 f"tokens, but has {bart.max_position_embeddings} positions "
-                f"(`vision_config.text_config.max_position_embeddings`); lower `image_size` or shorten the prompts."
+                f"(`vision_config.text_config.max_position_embeddings`); reduce `image_size` or shorten the prompts."
             )
 
     def _validate_text(self) -> None:
         if self.projector_depth < 1:
-            raise ValueError(f"`projector_depth` is {self.projector_depth}; a projector has at least 1 layer.")
+            raise ValueError(f"`projector_depth` is {self.projector_depth}; it must be at least 1.")
         if self.projector_hidden_act not in ACT2FN:
             raise ValueError(
                 f"`projector_hidden_act` is {self.projector_hidden_act!r}, which Transformers does not know; "
@@ -304,9 +298,12 @@ class FlorenceVLConfig(PreTrainedConfig):
             )
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
-                f"`image_token_id` is {self.image_token_id}, but the language model knows ids 0 to "
-                f"{self.text_config.vocab_size - 1} (`text_config.vocab_size`); choose a row that no text uses."
+                f"`image_token_id` is {self.image_token_id}, but the language model has token ids 0 to "
+                f"{self.text_config.vocab_size - 1} (`text_config.vocab_size`); give one that no text uses."
             )
 
+
+# `save_pretrained` copies this module beside config.json.
+FlorenceVLConfig.register_for_auto_class()
 
 __all__ = ["FlorenceVLConfig"]

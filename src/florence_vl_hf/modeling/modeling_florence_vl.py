@@ -7,84 +7,61 @@ Fusion", CVPR 2025 (arXiv 2412.04424).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import AutoModel, Florence2Config, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bart.modeling_bart import BartEncoder
 from transformers.models.florence2.configuration_florence2 import Florence2VisionConfig
 from transformers.models.florence2.modeling_florence2 import (
+    Florence2DropPath,
     Florence2MultiModalProjector,
     Florence2PreTrainedModel,
-    Florence2VisionBackbone,
-    Florence2VisionBlock,
-    Florence2VisionChannelAttention,
-    Florence2VisionWindowAttention,
+    Florence2VisionConvEmbed,
+    Florence2VisionMLP,
+    Florence2VisionPreTrainedModel,
     eager_attention_forward,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, torch_compilable_check
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_florence_vl import IMAGE_FEATURE, FlorenceVLConfig
-from .transformers_compat import slice_logits_to_keep
+from .transformers_compat import CACHE, slice_logits_to_keep
 
 
-@auto_docstring(custom_intro="Everything that the vision tower saw in a batch of images.")
-@dataclass
-class FlorenceVLVisionOutput(ModelOutput):
-    r"""
-    image_feature (`torch.Tensor` of shape `(num_images, num_feature_tokens, hidden_size)`):
-        V of the paper: DaViT's features, pooled and projected, before any prompt.
-    prompt_features (`torch.Tensor` of shape `(num_prompts, num_images, num_feature_tokens, hidden_size)`):
-        V't of the paper: the encoder's last states at V's positions, one per prompt. `None` without prompts.
-    hidden_states (`tuple(torch.Tensor)`, *optional*):
-        DaViT's feature maps, each of shape `(num_images, channels, height, width)`: the input of the first block, then
-        the output of each block.
-    attentions (`tuple(torch.Tensor)`, *optional*):
-        DaViT's attention weights, of each block window then channel attention. Only eager attention has them.
-    encoder_hidden_states (`tuple(torch.Tensor)`, *optional*):
-        BART's hidden states, each of shape `(num_prompts, num_images, sequence_length, hidden_size)`.
-    encoder_attentions (`tuple(torch.Tensor)`, *optional*):
-        BART's attention weights, each of shape
-        `(num_prompts, num_images, num_heads, sequence_length, sequence_length)`.
-    """
-
-    image_feature: torch.Tensor | None = None
-    prompt_features: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    encoder_hidden_states: tuple[torch.Tensor, ...] | None = None
-    encoder_attentions: tuple[torch.Tensor, ...] | None = None
+# Positions that channel attention sums in one float32 chain. Sums of sums over blocks are more exact than one chain
+# over the up to 36,864 positions of a 768 x 768 image.
+CHANNEL_ATTENTION_BLOCK = 256
 
 
-@auto_docstring(custom_intro="What `get_image_features` returns.")
+@auto_docstring(custom_intro="Output of the vision tower and of `get_image_features`.")
 @dataclass
 class FlorenceVLImageFeaturesOutput(BaseModelOutputWithPooling):
     r"""
     last_hidden_state (`torch.Tensor` of shape `(num_images, num_image_tokens, fused_hidden_size)`):
-        The fused features, before the projector.
+        Fused features, before the projector. `None` in the output of the vision tower.
     pooler_output (`list[torch.Tensor]`, one of shape `(num_image_tokens, text_hidden_size)` per image):
-        The projected features that the language model reads.
+        Projected features, the inputs of the language model. `None` in the output of the vision tower.
     hidden_states (`tuple(torch.Tensor)`, *optional*):
-        DaViT's feature maps, each of shape `(num_images, channels, height, width)`.
+        Feature maps of DaViT, each of shape `(num_images, channels, height, width)`: the input of the first block,
+        then the output of each block.
     attentions (`tuple(torch.Tensor)`, *optional*):
-        DaViT's attention weights, of each block window then channel attention. Only eager attention has them.
+        Attention weights of DaViT, window attention and channel attention of each block.
     features (`dict[str, torch.Tensor]`):
-        The features that were fused, by name and in order (`image`, `caption`, ...), each of shape
-        `(num_images, num_feature_tokens, hidden_size)`.
+        V (under `"image"`) and V't of each prompt (under the prompt's name), each of shape
+        `(num_images, num_feature_tokens, hidden_size)`. `get_image_features` returns those that are fused, in order.
     encoder_hidden_states (`tuple(torch.Tensor)`, *optional*):
-        BART's hidden states, each of shape `(num_prompts, num_images, sequence_length, hidden_size)`.
+        Hidden states of BART's encoder, each of shape `(num_prompts, num_images, sequence_length, hidden_size)`.
     encoder_attentions (`tuple(torch.Tensor)`, *optional*):
-        BART's attention weights, each of shape
+        Attention weights of BART's encoder, each of shape
         `(num_prompts, num_images, num_heads, sequence_length, sequence_length)`.
     """
 
@@ -93,110 +70,145 @@ class FlorenceVLImageFeaturesOutput(BaseModelOutputWithPooling):
     encoder_attentions: tuple[torch.Tensor, ...] | None = None
 
 
-@auto_docstring(custom_intro="Base class for Florence-VL outputs, with hidden states and attentions.")
+@auto_docstring(custom_intro="Output of the model without a language modeling head.")
 @dataclass
 class FlorenceVLModelOutputWithPast(BaseModelOutputWithPast):
     r"""
-    past_key_values (`Cache`, *optional*, returned when `use_cache=True` is passed or when `config.use_cache=True`):
-        Keys and values of the language model's self-attention, to speed up sequential decoding.
     image_hidden_states (`torch.Tensor` of shape `(num_images * num_image_tokens, text_hidden_size)`, *optional*):
-        The projected image features that took the place of the image tokens.
+        Projected image features, which replaced the embeddings of the image tokens.
     """
 
     image_hidden_states: torch.Tensor | None = None
 
 
-@auto_docstring(custom_intro="Base class for Florence-VL causal language model (or autoregressive) outputs.")
+@auto_docstring(custom_intro="Output of the model with a language modeling head.")
 @dataclass
-class FlorenceVLCausalLMOutputWithPast(ModelOutput):
+class FlorenceVLCausalLMOutputWithPast(CausalLMOutputWithPast):
     r"""
-    loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
-        Language modeling loss (for next-token prediction).
-    logits (`torch.Tensor` of shape `(batch_size, sequence_length, config.text_config.vocab_size)`):
-        Prediction scores of the language modeling head (scores for each vocabulary token before SoftMax).
-    past_key_values (`Cache`, *optional*, returned when `use_cache=True` is passed or when `config.use_cache=True`):
-        Keys and values of the language model's self-attention, to speed up sequential decoding.
     image_hidden_states (`torch.Tensor` of shape `(num_images * num_image_tokens, text_hidden_size)`, *optional*):
-        The projected image features that took the place of the image tokens.
+        Projected image features, which replaced the embeddings of the image tokens.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
 
 
-class FlorenceVLVisionAttentionCore(nn.Module):
-    """The scaled dot product of DaViT's attentions, without weights: a module, so that its attention is recorded.
-
-    `implementations` are those that the caller's shapes allow, the first of which stands in for any other.
-    """
-
-    def __init__(self, config: Florence2VisionConfig, implementations: tuple[str, ...] | None = None) -> None:
-        super().__init__()
-        self.config = config
-        self.implementations = implementations
-        self.is_causal = False
-
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        implementation = self.config._attn_implementation
-        if self.implementations is not None and implementation not in self.implementations:
-            implementation = self.implementations[0]
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        return attention_interface(self, query, key, value, attention_mask=None, scaling=scaling)
-
-
-class FlorenceVLVisionWindowAttention(Florence2VisionWindowAttention):
-    """Attention within windows of positions. As in Florence-2, but its attention weights can be had."""
+class FlorenceVLVisionWindowAttention(nn.Module):
+    """Attention between the positions of each window of DaViT's feature map."""
 
     def __init__(self, config: Florence2VisionConfig, stage_idx: int) -> None:
-        super().__init__(config=config, stage_idx=stage_idx)
-        self.core = FlorenceVLVisionAttentionCore(config)
+        super().__init__()
+        self.config = config
+        self.window_size = config.window_size
+        self.num_heads = config.num_heads[stage_idx]
+        dim = config.embed_dim[stage_idx]
+        self.scaling = (dim // self.num_heads) ** -0.5
+        self.is_causal = False
+        self.qkv = nn.Linear(dim, dim * 3, bias=config.qkv_bias)
+        self.proj = nn.Linear(dim, dim)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        batch_size, height, width, dim = hidden_states.shape
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        num_images, height, width, dim = hidden_states.shape
         window = self.window_size
 
         # Parity: the padding of the last windows is attended to, as in Florence-2.
         hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, -width % window, 0, -height % window))
         rows, columns = hidden_states.shape[1] // window, hidden_states.shape[2] // window
-        hidden_states = hidden_states.view(batch_size, rows, window, columns, window, dim).transpose(2, 3)
+        hidden_states = hidden_states.view(num_images, rows, window, columns, window, dim).transpose(2, 3)
         hidden_states = hidden_states.reshape(-1, window * window, dim)  # (num_windows, window_area, dim)
 
         qkv = self.qkv(hidden_states).view(-1, window * window, 3, self.num_heads, dim // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (num_windows, num_heads, window_area, head_dim)
-        hidden_states, _ = self.core(query, key, value, scaling=self.scale)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        hidden_states, attention_weights = attention_interface(
+            self, query, key, value, attention_mask=None, scaling=self.scaling
+        )
         hidden_states = self.proj(hidden_states.reshape(-1, window * window, dim))
 
-        hidden_states = hidden_states.view(batch_size, rows, columns, window, window, dim).transpose(2, 3)
-        hidden_states = hidden_states.reshape(batch_size, rows * window, columns * window, dim)
-        return hidden_states[:, :height, :width].reshape(batch_size, height * width, dim)
+        hidden_states = hidden_states.view(num_images, rows, columns, window, window, dim).transpose(2, 3)
+        hidden_states = hidden_states.reshape(num_images, rows * window, columns * window, dim)
+        return hidden_states[:, :height, :width], attention_weights  # (num_images, height, width, dim)
 
 
-class FlorenceVLVisionChannelAttention(Florence2VisionChannelAttention):
-    """Attention between the channels of each group. As in Florence-2, but under every attention implementation."""
+class FlorenceVLVisionChannelAttention(nn.Module):
+    """Attention between the channels of each group of DaViT's feature map, the same for every implementation."""
 
     def __init__(self, config: Florence2VisionConfig, stage_idx: int) -> None:
-        super().__init__(config=config, stage_idx=stage_idx)
-        # A "head dim" here is the number of positions, up to 36864; FlashAttention takes 256.
-        self.core = FlorenceVLVisionAttentionCore(config, implementations=("sdpa", "eager"))
+        super().__init__()
+        self.num_groups = config.num_groups[stage_idx]
+        dim = config.embed_dim[stage_idx]
+        self.qkv = nn.Linear(dim, dim * 3, bias=config.qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        num_images, height, width, dim = hidden_states.shape
+        num_positions = height * width
+
+        qkv = self.qkv(hidden_states).view(num_images, num_positions, 3, self.num_groups, dim // self.num_groups)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (num_images, groups, num_positions, channels)
+
+        padding = (0, 0, 0, -num_positions % CHANNEL_ATTENTION_BLOCK)
+        query_blocks = nn.functional.pad(query, padding).unflatten(2, (-1, CHANNEL_ATTENTION_BLOCK))
+        key_blocks = nn.functional.pad(key, padding).unflatten(2, (-1, CHANNEL_ATTENTION_BLOCK))
+        scores = (query_blocks.transpose(-1, -2) @ key_blocks).sum(dim=2)  # (num_images, groups, channels, channels)
+        attention_weights = (scores * num_positions**-0.5).softmax(dim=-1)
+
+        hidden_states = value @ attention_weights.transpose(-1, -2)  # (num_images, groups, num_positions, channels)
+        hidden_states = hidden_states.transpose(1, 2).reshape(num_images, height, width, dim)
+        return self.proj(hidden_states), attention_weights
+
+
+class FlorenceVLVisionAttentionBlock(nn.Module):
+    """Convolution, attention, convolution and MLP, each with a residual connection. Subclasses name the attention."""
+
+    def __init__(self, config: Florence2VisionConfig, stage_idx: int, drop_path_rate: float) -> None:
+        super().__init__()
+        dim = config.embed_dim[stage_idx]
+        self.conv1 = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.drop_path1 = Florence2DropPath(drop_path_rate)
+        self.conv2 = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.ffn = Florence2VisionMLP(config, stage_idx)
+        self.drop_path2 = Florence2DropPath(drop_path_rate)
+
+    def attention(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        raise NotImplementedError
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        batch_size, num_positions, dim = hidden_states.shape
+        # Permuting changes the strides only: all values stay in (num_images, height, width, channels) order in memory.
+        hidden_states = hidden_states + self.conv1(hidden_states)  # (num_images, channels, height, width)
+        hidden_states = hidden_states.permute(0, 2, 3, 1)
+        hidden_states = hidden_states + self.drop_path1(self.attention(self.norm1(hidden_states))[0])
 
-        qkv = self.qkv(hidden_states).view(batch_size, num_positions, 3, self.groups, dim // self.groups)
-        query, key, value = qkv.permute(2, 0, 3, 4, 1).unbind(0)  # (batch_size, groups, channels, num_positions)
-        hidden_states, _ = self.core(query, key, value, scaling=num_positions**-0.5)
-        hidden_states = hidden_states.permute(0, 3, 2, 1)  # from (batch_size, channels, groups, num_positions)
-        return self.proj(hidden_states.reshape(batch_size, num_positions, dim))
+        hidden_states = hidden_states.permute(0, 3, 1, 2)
+        hidden_states = hidden_states + self.conv2(hidden_states)
+        hidden_states = hidden_states.permute(0, 2, 3, 1)
+        hidden_states = hidden_states + self.drop_path2(self.ffn(self.norm2(hidden_states)))
+        return hidden_states.permute(0, 3, 1, 2)
 
 
-class FlorenceVLVisionBlock(GradientCheckpointingLayer, Florence2VisionBlock):
-    """A block of DaViT that can be checkpointed, which Florence-2's own cannot."""
+class FlorenceVLVisionSpatialBlock(FlorenceVLVisionAttentionBlock):
+    def __init__(self, config: Florence2VisionConfig, stage_idx: int, drop_path_rate: float) -> None:
+        super().__init__(config, stage_idx, drop_path_rate)
+        self.window_attn = FlorenceVLVisionWindowAttention(config, stage_idx)
+
+    def attention(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.window_attn(hidden_states)
+
+
+class FlorenceVLVisionChannelBlock(FlorenceVLVisionAttentionBlock):
+    def __init__(self, config: Florence2VisionConfig, stage_idx: int, drop_path_rate: float) -> None:
+        super().__init__(config, stage_idx, drop_path_rate)
+        self.channel_attn = FlorenceVLVisionChannelAttention(config, stage_idx)
+
+    def attention(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.channel_attn(hidden_states)
+
+
+class FlorenceVLVisionBlock(GradientCheckpointingLayer):
+    """Block of DaViT, which gradient checkpointing recomputes (upstream's Florence-2 has no such layer)."""
 
     def __init__(
         self,
@@ -205,30 +217,31 @@ class FlorenceVLVisionBlock(GradientCheckpointingLayer, Florence2VisionBlock):
         spatial_drop_path_rate: float,
         channel_drop_path_rate: float,
     ) -> None:
-        super().__init__(
-            config=config,
-            stage_idx=stage_idx,
-            spatial_drop_path_rate=spatial_drop_path_rate,
-            channel_drop_path_rate=channel_drop_path_rate,
-        )
-        self.spatial_block.window_attn = FlorenceVLVisionWindowAttention(config=config, stage_idx=stage_idx)
-        self.channel_block.channel_attn = FlorenceVLVisionChannelAttention(config=config, stage_idx=stage_idx)
+        super().__init__()
+        self.spatial_block = FlorenceVLVisionSpatialBlock(config, stage_idx, spatial_drop_path_rate)
+        self.channel_block = FlorenceVLVisionChannelBlock(config, stage_idx, channel_drop_path_rate)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.channel_block(self.spatial_block(hidden_states))
 
 
-class FlorenceVLVisionBackbone(Florence2VisionBackbone):
-    """DaViT, with blocks that can be checkpointed, recorded and split over devices."""
+class FlorenceVLVisionBackbone(Florence2VisionPreTrainedModel):
+    """DaViT, the image encoder of Florence-2."""
 
     _no_split_modules = ["FlorenceVLVisionBlock"]
     _can_record_outputs = {
         "hidden_states": FlorenceVLVisionBlock,
-        "attentions": FlorenceVLVisionAttentionCore,
+        "attentions": [FlorenceVLVisionWindowAttention, FlorenceVLVisionChannelAttention],
     }
     supports_gradient_checkpointing = True
 
     def __init__(self, config: Florence2VisionConfig) -> None:
         super().__init__(config)
-        # Stochastic depth grows linearly over the attentions of all blocks, two per block, as in Florence-2.
+        # Stochastic depth grows linearly over the attentions of all blocks, two per block.
         drop_path_rates = iter(torch.linspace(0, config.drop_path_rate, 2 * sum(config.depths), device="cpu").tolist())
+        self.convs = nn.ModuleList(
+            Florence2VisionConvEmbed(config, stage_idx) for stage_idx in range(len(config.embed_dim))
+        )
         self.blocks = nn.ModuleList(
             nn.ModuleList(
                 FlorenceVLVisionBlock(config, stage_idx, next(drop_path_rates), next(drop_path_rates))
@@ -238,11 +251,23 @@ class FlorenceVLVisionBackbone(Florence2VisionBackbone):
         )
         self.post_init()
 
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
+        hidden_states = pixel_values.to(self.convs[0].conv.weight.dtype)
+        for conv, blocks in zip(self.convs, self.blocks, strict=True):
+            hidden_states = conv(hidden_states)  # (num_images, channels, height, width)
+            for block in blocks:
+                hidden_states = block(hidden_states)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states)
+
 
 class FlorenceVLImageProjection(Florence2MultiModalProjector):
-    """Positions, pooling and projection of DaViT's feature map: the last step to V.
+    """Position embeddings, pooling and projection of DaViT's feature map: the last step to V.
 
-    Florence-2's own, for any choice and order of `image_feature_source`.
+    The layers are those of Florence-2; any choice and order of `image_feature_source` is supported.
     """
 
     def __init__(self, config: Florence2Config, image_feature_source: list[str]) -> None:
@@ -252,8 +277,8 @@ class FlorenceVLImageProjection(Florence2MultiModalProjector):
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
         feature_map = feature_map + self.image_position_embed(feature_map)  # (num_images, channels, height, width)
         positions = feature_map.flatten(2).transpose(1, 2)  # (num_images, num_positions, channels)
-        # An image is a film of one frame: it has temporal position 0, and its mean over frames is that frame.
-        # Its buffer stays in float32 where FSDP computes in bfloat16.
+        # An image is a video of one frame: it has temporal position 0, and its mean over frames is that frame.
+        # The buffer stays in float32 where FSDP computes in bfloat16.
         positions = positions + self.visual_temporal_embed(positions[:, :1]).to(positions.dtype)
 
         pooled = {
@@ -267,15 +292,16 @@ class FlorenceVLImageProjection(Florence2MultiModalProjector):
 
 
 class FlorenceVLPrompts(nn.Module):
-    """Token ids of the prompts that the vision tower reads an image under, padded to one length."""
+    """Token ids of the prompts of the vision tower, padded to one length."""
 
     def __init__(self, config: FlorenceVLConfig) -> None:
         super().__init__()
-        prompts = [config.prompt_token_ids[name] for name in config.fusion_prompts]
+        self.names = config.fusion_prompts
+        prompts = [config.prompt_token_ids[name] for name in self.names]
         length = max((len(prompt) for prompt in prompts), default=0)
         pad_token_id = config.vision_config.text_config.pad_token_id
         self.token_ids = [prompt + [pad_token_id] * (length - len(prompt)) for prompt in prompts]
-        # Parity: the original attends to the padding that stands in its ids; padding that is added here is hidden.
+        # Parity: the original attends to the padding within its token ids. Padding that is added here is masked.
         self.masks = [
             [
                 int(i < len(prompt) and not (config.mask_prompt_padding and prompt[i] == pad_token_id))
@@ -288,31 +314,38 @@ class FlorenceVLPrompts(nn.Module):
         self.register_buffer("attention_mask", torch.tensor(self.masks, dtype=torch.long), persistent=False)
 
     def reset_buffers(self) -> None:
-        """Fill the buffers, which are in no checkpoint, after the model was built on the meta device."""
+        """Fill the buffers, which no checkpoint stores, after the model was built on the meta device."""
         init.copy_(self.input_ids, torch.tensor(self.token_ids, dtype=torch.long))
         init.copy_(self.attention_mask, torch.tensor(self.masks, dtype=torch.long))
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # Both (num_prompts, prompt_length). No mask where nothing is hidden: attention is faster without.
+        # Both (num_prompts, prompt_length). Attention is faster without a mask.
         return self.input_ids, self.attention_mask if self.is_masked else None
 
 
 class FlorenceVLVisionTower(Florence2PreTrainedModel):
-    """Florence-2 without its decoder: looks at images once and reads them under several prompts."""
+    """Florence-2 without its decoder: encodes images once, and reads the result under each prompt."""
 
     _no_split_modules = ["FlorenceVLImageProjection"]
-    # Not Florence-2's: the decoder and its ties are never built.
+    # Florence-2 ties its decoder, which is never built.
     _tied_weights_keys = None
 
-    def __init__(self, config: Florence2Config, image_feature_source: list[str], image_size: int) -> None:
-        super().__init__(config)
-        self.image_shape = (config.vision_config.in_channels, image_size, image_size)
-        self.backbone = FlorenceVLVisionBackbone(config.vision_config)
-        self.image_projector = FlorenceVLImageProjection(config, image_feature_source)
-        self.encoder = BartEncoder(config.text_config)
+    def __init__(self, config: FlorenceVLConfig) -> None:
+        super().__init__(config.vision_config)
+        davit = config.vision_config.vision_config
+        self.image_shape = (davit.in_channels, config.image_size, config.image_size)
+        self.backbone = FlorenceVLVisionBackbone(davit)
+        self.image_projector = FlorenceVLImageProjection(config.vision_config, config.image_feature_source)
+        self.prompts = FlorenceVLPrompts(config)
+        self.encoder = BartEncoder(config.vision_config.text_config)
         self.post_init()
-        # BART's, but its decoder is never built, and FSDP refuses names that it does not find.
+        # FSDP refuses names of layers that do not exist, and the decoder is never built.
         self._no_split_modules.discard("BartDecoderLayer")
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, FlorenceVLPrompts):
+            module.reset_buffers()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.embed_tokens
@@ -321,38 +354,60 @@ class FlorenceVLVisionTower(Florence2PreTrainedModel):
         self.encoder.embed_tokens = value
 
     def forward(
-        self,
-        pixel_values: torch.Tensor,
-        prompt_ids: torch.Tensor,
-        prompt_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> FlorenceVLVisionOutput:
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> FlorenceVLImageFeaturesOutput:
         r"""
         pixel_values (`torch.Tensor` of shape `(num_images, 3, image_size, image_size)`):
-            Normalised images.
-        prompt_ids (`torch.Tensor` of shape `(num_prompts, prompt_length)`):
-            Token ids of the prompts, in Florence-2's vocabulary. There may be none.
-        prompt_mask (`torch.Tensor` of shape `(num_prompts, prompt_length)`, *optional*):
-            1 where a prompt's token is attended to, 0 where it is hidden.
+            Normalized images.
         """
-        # Here, so that an exported tower knows height and width: with symbols for them, its export takes minutes.
+        # Checked here so that height and width are constants in exported graphs: symbolic ones take minutes to export.
         if tuple(pixel_values.shape[1:]) != self.image_shape:
             raise ValueError(
                 f"Got `pixel_values` of shape {tuple(pixel_values.shape)}, expected (num_images, "
-                f"{', '.join(map(str, self.image_shape))}); let `FlorenceVLProcessor` make them, or change "
+                f"{', '.join(map(str, self.image_shape))}); prepare them with `FlorenceVLProcessor`, or change "
                 f"`config.image_size`."
             )
         davit = self.backbone(pixel_values, return_dict=True, **kwargs)
         image_feature = self.image_projector(davit.last_hidden_state)  # (num_images, num_feature_tokens, hidden_size)
-        output = FlorenceVLVisionOutput(
-            image_feature=image_feature, hidden_states=davit.hidden_states, attentions=davit.attentions
-        )
-        num_prompts, (num_images, num_feature_tokens, _) = prompt_ids.shape[0], image_feature.shape
-        if num_prompts == 0:
-            return output
+        features = {IMAGE_FEATURE: image_feature}
+        encoder_hidden_states, encoder_attentions = None, None
 
-        # Every prompt with every image in one batch: (num_prompts * num_images, num_feature_tokens + prompt_length).
+        num_images, num_feature_tokens, num_prompts = *image_feature.shape[:2], len(self.prompts.names)
+        if num_prompts > 0:
+            # Every prompt with every image in one batch, the images of one prompt in a row.
+            encoded = self.encoder(**self.prompted(image_feature), return_dict=True, **kwargs)
+            prompt_features = encoded.last_hidden_state[:, :num_feature_tokens].chunk(num_prompts)
+            features |= dict(zip(self.prompts.names, prompt_features, strict=True))
+            if encoded.hidden_states is not None:
+                encoder_hidden_states = tuple(
+                    state.unflatten(0, (num_prompts, num_images)) for state in encoded.hidden_states
+                )
+            if encoded.attentions is not None:
+                encoder_attentions = tuple(
+                    weights.unflatten(0, (num_prompts, num_images)) for weights in encoded.attentions
+                )
+        return FlorenceVLImageFeaturesOutput(
+            hidden_states=davit.hidden_states,
+            attentions=davit.attentions,
+            features=features,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attentions=encoder_attentions,
+        )
+
+    def prompted(self, image_feature: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        """
+        Append each prompt to each image.
+
+        Returns `inputs_embeds` of shape `(num_prompts * num_images, num_feature_tokens + prompt_length, hidden_size)`,
+        and the `attention_mask` of their first two dimensions, or `None` where nothing is masked.
+        """
+        prompt_ids, prompt_mask = self.prompts()
+        num_prompts, (num_images, num_feature_tokens, _) = len(prompt_ids), image_feature.shape
         prompt_embeds = self.encoder.embed_tokens(prompt_ids).to(image_feature.device, image_feature.dtype)
+        if not self.encoder.embed_tokens.weight.requires_grad:
+            # `enable_input_require_grads` makes the output of every embedding table require gradients. Those of a
+            # frozen one would keep the activations of the encoder for nothing.
+            prompt_embeds = prompt_embeds.detach()
         inputs_embeds = torch.cat(
             [image_feature.repeat(num_prompts, 1, 1), prompt_embeds.repeat_interleave(num_images, dim=0)], dim=1
         )
@@ -360,22 +415,11 @@ class FlorenceVLVisionTower(Florence2PreTrainedModel):
         if prompt_mask is not None:
             image_mask = prompt_mask.new_ones(num_prompts * num_images, num_feature_tokens)
             attention_mask = torch.cat([image_mask, prompt_mask.repeat_interleave(num_images, dim=0)], dim=1)
-        encoded = self.encoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **kwargs)
-
-        def by_prompt(states: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, ...] | None:
-            return None if states is None else tuple(state.unflatten(0, (num_prompts, num_images)) for state in states)
-
-        # (num_prompts, num_images, num_feature_tokens, hidden_size)
-        output.prompt_features = encoded.last_hidden_state.unflatten(0, (num_prompts, num_images))[
-            :, :, :num_feature_tokens
-        ]
-        output.encoder_hidden_states = by_prompt(encoded.hidden_states)
-        output.encoder_attentions = by_prompt(encoded.attentions)
-        return output
+        return {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
 
 
 class FlorenceVLFusion(nn.Module):
-    """DBFusion, the depth-breadth fusion of the paper: several features of one image become one."""
+    """Depth-breadth fusion (DBFusion): combine the features of an image."""
 
     def __init__(self, config: FlorenceVLConfig) -> None:
         super().__init__()
@@ -390,7 +434,7 @@ class FlorenceVLFusion(nn.Module):
 
 
 class FlorenceVLMultiModalProjector(nn.Module):
-    """The MLP that hands the fused features to the language model."""
+    """MLP from the fused features to the hidden size of the language model."""
 
     def __init__(self, config: FlorenceVLConfig) -> None:
         super().__init__()
@@ -416,7 +460,7 @@ class FlorenceVLPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
 
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -424,90 +468,40 @@ class FlorenceVLPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    # Loads checkpoints of a foreign layout, once set by who knows one: whether it is one, and how.
-    foreign_loader: ClassVar[tuple[Callable[..., bool], Callable[..., Any]] | None] = None
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As in Transformers; with the package installed, also of an original checkpoint as it is."""
-        load = super().from_pretrained
-        if cls.foreign_loader is not None:
-            is_foreign, load_foreign = cls.foreign_loader
-            if is_foreign(pretrained_model_name_or_path, **kwargs):
-                return load_foreign(load, cls, pretrained_model_name_or_path, **kwargs)
-        return load(pretrained_model_name_or_path, *model_args, **kwargs)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, FlorenceVLPrompts):
-            module.reset_buffers()
-
-
-def _is_trained(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
-
 
 @auto_docstring(
     custom_intro="""
-    The Florence-VL model: a vision tower that reads each image under several prompts, the fusion of what it saw, a
-    projector and a language model, without a language modeling head.
+    The Florence-VL model: a vision tower that reads each image under several prompts, depth-breadth fusion of its
+    features, a projector and a language model, without a language modeling head.
     """
 )
 class FlorenceVLModel(FlorenceVLPreTrainedModel):
     def __init__(self, config: FlorenceVLConfig) -> None:
         super().__init__(config)
-        self.vision_tower = FlorenceVLVisionTower(config.vision_config, config.image_feature_source, config.image_size)
-        self.prompts = FlorenceVLPrompts(config)
+        self.vision_tower = FlorenceVLVisionTower(config)
         self.fusion = FlorenceVLFusion(config)
         self.multi_modal_projector = FlorenceVLMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
-    def train(self, mode: bool = True) -> "FlorenceVLModel":
-        """As in PyTorch; but a part of which no parameter is trained stays in evaluation mode, without dropout."""
-        super().train(mode)
-        for part in (self.vision_tower, self.multi_modal_projector, self.language_model):
-            if not _is_trained(part):
-                part.eval()
-        # Gradients pass through a frozen language model to the projector, and only layers in training mode are
-        # checkpointed. What a layer holds, dropout above all, stays as it is.
-        for layer in self.language_model.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.training = mode
-        return self
-
     @can_return_tuple
-    @auto_docstring(custom_intro="Looks at images: the tower's features, their fusion, and its projection.")
+    @auto_docstring(custom_intro="Encode images: features of the vision tower, their fusion and projection.")
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | FlorenceVLImageFeaturesOutput:
         r"""
         pixel_values (`torch.Tensor` of shape `(num_images, 3, image_size, image_size)`):
-            Normalised images.
+            Normalized images.
         """
         for recorded in ("output_hidden_states", "output_attentions"):
             kwargs.setdefault(recorded, getattr(self.config, recorded))
 
-        prompt_ids, prompt_mask = self.prompts()
-        # Adapters and checkpointing ask all embeddings for gradients, the prompts' too. A frozen tower keeps nothing.
-        needs_gradients = pixel_values.requires_grad or _is_trained(self.vision_tower)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and needs_gradients):
-            seen = self.vision_tower(pixel_values, prompt_ids, prompt_mask, **kwargs)
-        named_features = {IMAGE_FEATURE: seen.image_feature}
-        if seen.prompt_features is not None:
-            named_features.update(zip(self.config.fusion_prompts, seen.prompt_features, strict=True))
-        features = {name: named_features[name] for name in self.config.fusion_features}
-
+        tower_outputs = self.vision_tower(pixel_values, **kwargs)
+        features = {name: tower_outputs.features[name] for name in self.config.fusion_features}
         fused = self.fusion(list(features.values()))  # (num_images, num_image_tokens, fused_hidden_size)
         projected = self.multi_modal_projector(fused)  # (num_images, num_image_tokens, text_hidden_size)
         return FlorenceVLImageFeaturesOutput(
-            last_hidden_state=fused,
-            pooler_output=list(projected),
-            hidden_states=seen.hidden_states,
-            attentions=seen.attentions,
-            features=features,
-            encoder_hidden_states=seen.encoder_hidden_states,
-            encoder_attentions=seen.encoder_attentions,
+            **{**tower_outputs, "last_hidden_state": fused, "pooler_output": list(projected), "features": features}
         )
 
     def get_placeholder_mask(
@@ -517,7 +511,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         image_features: torch.Tensor,
     ) -> torch.BoolTensor:
         """
-        Finds the image tokens, by id or by embedding, and checks that there are as many as image features.
+        Find the image tokens, by id or by embedding, and check that their number equals that of the image features.
 
         Returns a mask of shape `(batch_size, sequence_length, 1)`.
         """
@@ -531,38 +525,10 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         torch_compilable_check(
             num_image_tokens == num_features,
             f"Image features and image tokens do not match, tokens: {num_image_tokens}, features: {num_features}. "
-            f"Each image needs {self.config.num_image_tokens} tokens; let `FlorenceVLProcessor` place them, and do "
-            f"not truncate them.",
+            f"Each image requires {self.config.num_image_tokens} tokens; prepare inputs with `FlorenceVLProcessor`, "
+            f"and do not truncate them.",
         )
         return image_mask.unsqueeze(-1).to(inputs_embeds.device)
-
-    def _needs_weightless_image(self, past_key_values: Cache | None) -> bool:
-        """Whether tower and projector must be used although there is no image.
-
-        In training, so that what is trained of them has gradients, in every process, and the same (zero, not none: an
-        optimizer with momentum tells them apart) in one process as in many. Where weights are divided, so that no
-        process waits for another one's share; but for the steps of `generate` after the first, which show no images.
-        """
-        is_trained = _is_trained(self.vision_tower) or _is_trained(self.multi_modal_projector)
-        is_needed = (self.training and is_trained) or self._is_sharded()
-        return is_needed and (past_key_values is None or past_key_values.get_seq_length() == 0)
-
-    def _is_sharded(self) -> bool:
-        """Whether processes gather each other's weights, layer by layer."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return False
-        # Not `is_fsdp_enabled` of Transformers, which means FSDP1 with `cpu_ram_efficient_loading`.
-        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-        is_fsdp = any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in self.modules())
-        return torch.distributed.get_world_size() > 1 and (is_fsdp or is_deepspeed_zero3_enabled())
-
-    def _weightless_image_feature(self) -> torch.Tensor:
-        """A black image's feature times zero, of shape `(1, text_hidden_size)`: no value or gradient changes."""
-        # Not the tower's `dtype`: layers that FSDP has divided are kept in float32 and computed in another type.
-        weight = next(self.vision_tower.backbone.convs.parameters())
-        pixel_values = torch.zeros((1, *self.vision_tower.image_shape), dtype=weight.dtype, device=weight.device)
-        return 0 * self.get_image_features(pixel_values, return_dict=True).pooler_output[0][:1]
 
     @can_return_tuple
     @auto_docstring
@@ -572,14 +538,13 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, FlorenceVLImageFeaturesOutput] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | FlorenceVLModelOutputWithPast:
         r"""
         mm_encoder_outputs (`dict[str, FlorenceVLImageFeaturesOutput]`, *optional*):
-            Under `"image"`, what `get_image_features` returned for the images of this batch, so that they are not
+            Under `"image"`, the output of `get_image_features` for the images of this batch, which are then not
             encoded again. Excludes `pixel_values`.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -587,14 +552,9 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         if pixel_values is not None and mm_encoder_outputs is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
 
-        # The tower before the embeddings, as `generate` has it: all processes gather weights in one order.
         image_outputs = (mm_encoder_outputs or {}).get("image")
-        weightless_feature = None
         if pixel_values is not None:
             image_outputs = self.get_image_features(pixel_values=pixel_values, return_dict=True)
-        elif image_outputs is None and self._needs_weightless_image(past_key_values):
-            weightless_feature = self._weightless_image_feature()
-
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
@@ -604,26 +564,21 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_features)
-        elif weightless_feature is not None:
-            inputs_embeds = inputs_embeds + weightless_feature.to(inputs_embeds.device, inputs_embeds.dtype)
 
+        # The cache, whose name depends on the version of Transformers, passes through `kwargs`.
         outputs = self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
+            attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
         )
         return FlorenceVLModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
+            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         )
 
 
-@auto_docstring(custom_intro="The Florence-VL model with a language modeling head: looks at pictures and answers.")
+@auto_docstring(custom_intro="The Florence-VL model with a language modeling head, which answers about images.")
 class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -643,7 +598,7 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
     ) -> tuple | FlorenceVLImageFeaturesOutput:
         r"""
         pixel_values (`torch.Tensor` of shape `(num_images, 3, image_size, image_size)`):
-            Normalised images.
+            Normalized images.
         """
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
 
@@ -655,7 +610,6 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -664,7 +618,7 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
     ) -> tuple | FlorenceVLCausalLMOutputWithPast:
         r"""
         mm_encoder_outputs (`dict[str, FlorenceVLImageFeaturesOutput]`, *optional*):
-            Under `"image"`, what `get_image_features` returned for the images of this batch, so that they are not
+            Under `"image"`, the output of `get_image_features` for the images of this batch, which are then not
             encoded again. Excludes `pixel_values`.
 
         Example:
@@ -688,7 +642,6 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
@@ -706,17 +659,22 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
         return FlorenceVLCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         )
 
-    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
+    def _get_logits_processor(self, *args, device: torch.device | str | None = None, **kwargs) -> LogitsProcessorList:
         # Here and not in the generation config, which users replace: an image token without an image cannot be read.
-        processors = super()._get_logits_processor(*args, **kwargs)
-        processors.append(SuppressTokensLogitsProcessor([self.config.image_token_id], device=self.device))
+        processors = super()._get_logits_processor(*args, device=device, **kwargs)
+        processors.append(SuppressTokensLogitsProcessor([self.config.image_token_id], device=device or self.device))
         return processors
 
+
+# `save_pretrained` copies the modules of these classes beside the weights, for `trust_remote_code=True`. Which Auto
+# class loads which model is written by `FlorenceVLConfig`.
+FlorenceVLModel.register_for_auto_class("AutoModel")
+FlorenceVLForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 __all__ = ["FlorenceVLForConditionalGeneration", "FlorenceVLModel", "FlorenceVLPreTrainedModel"]

@@ -1,8 +1,11 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""The differences between the supported versions of Transformers, all of them, in this one place."""
+"""Differences between the supported versions of Transformers."""
+
+from dataclasses import fields
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
 try:
@@ -10,16 +13,20 @@ try:
 except ImportError:  # before 5.20
 
     def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-        """Keep the positions that logits are wanted for: the last n (0 keeps all), or those of a tensor of indices."""
+        """Keep the positions whose logits are computed: the last n (0 keeps all), or those of a tensor of indices."""
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return hidden_states[:, kept, :]
 
 
+# The name of keys and values of earlier tokens in the inputs and outputs of models: renamed in 5.24.
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+
+
 def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Keep one state per layer for the backward pass, and recompute the rest."""
+    """Keep the input of each layer for the backward pass, and recompute everything else."""
     # Renamed in 5.23.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
-__all__ = ["enable_checkpointing", "slice_logits_to_keep"]
+__all__ = ["CACHE", "enable_checkpointing", "slice_logits_to_keep"]

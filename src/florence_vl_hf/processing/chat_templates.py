@@ -1,35 +1,36 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""The conversation formats of the original, one `.jinja` file each, and their fit to a tokenizer."""
+"""Chat templates of the original, one `.jinja` file each, adapted to a tokenizer."""
 
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 
-# Beside a converted model this module stands alone, without the folder: there are no formats by name then.
+# As remote code this module is copied without the templates, which then cannot be chosen by name.
 TEMPLATE_FILES = Path(__file__).parent / "chat_template_files"
 CHAT_TEMPLATES = tuple(sorted(path.stem for path in TEMPLATE_FILES.glob("*.jinja")))
 
 
 def load_chat_template(name: str, tokenizer: PreTrainedTokenizerBase, image_token: str = "<image>") -> str:
     """
-    Read a conversation format and fit it to a tokenizer, so that it gives the token ids that the original trained on.
+    Load a chat template and adapt it to a tokenizer, so that it gives the token ids that the original trained on.
 
-    The original cuts a prompt at its images and tokenizes each piece by itself. Two things follow, which a template
-    must spell out because a whole prompt is tokenized at once: the BOS that the tokenizer puts before the first piece,
-    and the space that SentencePiece tokenizers put before the text of each.
+    The original splits a prompt at its images and tokenizes each piece separately. A template, whose text is tokenized
+    at once, must therefore contain the BOS that the tokenizer adds to the first piece, and the space that
+    SentencePiece tokenizers add to the text of each piece.
 
     Args:
         name (`str`): One of `CHAT_TEMPLATES`.
-        tokenizer (`PreTrainedTokenizerBase`): The tokenizer, which knows `image_token` as one token.
+        tokenizer (`PreTrainedTokenizerBase`): Tokenizer of the model, which has `image_token` as one token.
+        image_token (`str`, *optional*, defaults to `"<image>"`): Placeholder of one image.
 
     Raises:
-        ValueError: If there is no such format, or the tokenizer reads text after an image in some third way.
+        ValueError: If there is no such template, or the tokenizer tokenizes text after an image in another way.
     """
     if not CHAT_TEMPLATES:
         raise ValueError(
-            f"There is no chat template {name!r} here: the formats come with the package florence_vl_hf. Install it, "
-            f"or give the text of a template."
+            f"There is no chat template {name!r} here: the templates are part of the package florence_vl_hf. Install "
+            f"it, or give the text of a template."
         )
     if name not in CHAT_TEMPLATES:
         raise ValueError(f"There is no chat template {name!r}; choose one of {', '.join(CHAT_TEMPLATES)}.")
@@ -46,15 +47,15 @@ def load_chat_template(name: str, tokenizer: PreTrainedTokenizerBase, image_toke
 
 
 def _space_after(special_token: str, tokenizer: PreTrainedTokenizerBase, piece: str) -> str:
-    """What must stand between a special token and the text after it, for that text to read as if it stood alone."""
+    """Text to insert after a special token, so that `piece` after it has the same token ids as alone."""
     alone = tokenizer(piece, add_special_tokens=False).input_ids
     for candidate in ("", " "):
         after_token = tokenizer(special_token + candidate + piece, add_special_tokens=False).input_ids[1:]
         if after_token == alone:
             return candidate
     raise ValueError(
-        f"{type(tokenizer).__name__} reads text after {special_token!r} as {after_token}, alone as {alone}; no space "
-        f"between them mends it. Use a tokenizer that knows {special_token!r} as one special token."
+        f"{type(tokenizer).__name__} tokenizes text after {special_token!r} as {after_token}, but alone as {alone}, "
+        f"with and without a space between them; use a tokenizer that has {special_token!r} as one special token."
     )
 
 
