@@ -13,7 +13,7 @@ def ask(golden, *names: str) -> list[dict]:
     return [{"role": "user", "content": [*content, {"type": "text", "text": "What is shown?"}]}]
 
 
-def test_chats_alone_and_batched_with_several_pictures(pipe, golden):
+def test_batched_chats_equal_single_chats(pipe, golden):
     chats = [ask(golden, "odd.jpg"), ask(golden, "tall.png", "wide.png"), ask(golden, "alpha.png")]
     settings = {"max_new_tokens": 5}
     alone = [pipe(text=chat, **settings) for chat in chats]
@@ -21,10 +21,10 @@ def test_chats_alone_and_batched_with_several_pictures(pipe, golden):
     assert [result[0]["generated_text"] for result in batched] == [result[0]["generated_text"] for result in alone]
 
 
-def test_chat_without_pictures(pipe, golden):
+def test_chat_without_images(pipe, golden):
     assert pipe(text=ask(golden), max_new_tokens=5)[0]["generated_text"]
 
 
-def test_prompt_with_marks(pipe, golden):
+def test_prompt_with_image_token(pipe, golden):
     result = pipe(images=str(golden.image_path("odd.jpg")), text="<image>What is shown?", max_new_tokens=5)
     assert result[0]["generated_text"]

@@ -1,9 +1,10 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the README shows is run, on a tiny model in place of the 8B."""
+"""Run the examples of the README, with a tiny model instead of the 8B."""
 
 import ast
 import copy
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_use_and_features(converted, golden, capsys):
-    use, features, *_ = BLOCKS
+    use, _, features, *_ = BLOCKS
     code = use.replace("florence-vl-8b-sft-hf", str(converted)).replace(
         "street.jpg", str(golden.image_path("odd.jpg"))
     )
@@ -27,35 +28,51 @@ def test_use_and_features(converted, golden, capsys):
     assert capsys.readouterr().out.strip()
     assert isinstance(names["model"], florence_vl_hf.FlorenceVLForConditionalGeneration)
     exec(features, names)
-    seen = names["seen"]
-    assert list(seen.features) == ["image", "caption", "ocr", "grounding"]
-    assert seen.pooler_output[0].shape == (names["model"].config.num_image_tokens, 64)
+    outputs = names["outputs"]
+    assert list(outputs.features) == ["image", "caption", "ocr", "grounding"]
+    assert outputs.pooler_output[0].shape == (names["model"].config.num_image_tokens, 64)
+
+
+def test_load_original(golden, tmp_path):
+    original = shutil.copytree(golden.checkpoint, tmp_path / "original")
+    if golden.vision_tower is not None:
+        shutil.copytree(golden.vision_tower, original / "vision_tower")
+    names: dict = {}
+    exec(BLOCKS[1].replace("jiuhai/florence-vl-8b-sft", str(original)), names)
+    assert isinstance(names["model"], florence_vl_hf.FlorenceVLForConditionalGeneration)
+    assert isinstance(names["processor"], florence_vl_hf.FlorenceVLProcessor)
 
 
 def test_ablations():
     names = {"FlorenceVLConfig": florence_vl_hf.FlorenceVLConfig}
-    shown = [ast.unparse(statement) for statement in ast.parse(BLOCKS[2]).body if isinstance(statement, ast.Expr)]
-    assert [eval(code, names).num_image_tokens for code in shown] == [3 * 577, 577, 576, 577]
+    examples = [ast.unparse(statement) for statement in ast.parse(BLOCKS[3]).body if isinstance(statement, ast.Expr)]
+    assert [eval(code, names).num_image_tokens for code in examples] == [3 * 577, 577, 576]
 
 
 def test_training(model, processor, data_file, golden, tmp_path):
-    code = BLOCKS[3].replace("data/mine.json", str(data_file)).replace("data/images", str(golden.folder / "images"))
+    code = BLOCKS[4].replace("data/mine.json", str(data_file)).replace("data/images", str(golden.folder / "images"))
     names = {"model": copy.deepcopy(model), "processor": processor}
     exec(code.replace("runs/mine", str(tmp_path)), names)
     assert names["trainer"].state.global_step == 1
     before = dict(model.named_parameters())
-    moved = {part_of(name) for name, p in names["model"].named_parameters() if not p.equal(before[name])}
-    assert moved == {"projector", "language_model"}
+    changed = {part_of(name) for name, p in names["model"].named_parameters() if not p.equal(before[name])}
+    assert changed == {"projector", "language_model"}
 
 
-def test_files_of_the_map_exist():
-    for path in re.findall(
-        r"`((?:modeling|processing|conversion|training|model_cards)/[\w./*]+|chat\.py|cli\.py)`", README
-    ):
+def test_files_of_the_table_exist():
+    rooms = "modeling|processing|conversion|model_cards|training|planning|serving|cli"
+    paths = re.findall(rf"`((?:{rooms})/[\w./*]+)`", README)
+    assert len(paths) > 15
+    for path in paths:
         assert list((ROOT / "src" / "florence_vl_hf").glob(path)), path
 
 
-def test_default_configuration_is_the_example_that_is_shown():
+def test_links_exist():
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / link).is_file(), link
+
+
+def test_default_configuration_has_the_size_of_the_8b():
     with torch.device("meta"):
         model = florence_vl_hf.FlorenceVLForConditionalGeneration(florence_vl_hf.FlorenceVLConfig())
     assert 8.4e9 < model.num_parameters() < 9.2e9
