@@ -22,7 +22,7 @@ quickstart: $(VENV)/installed
 # LoRA teaches the quickstart's model another question, through `florence-vl train`.
 new-question: $(VENV)/installed quickstart-output
 	$(VENV)/bin/python examples/quickstart/new_question.py draw --output quickstart-question
-	$(VENV)/bin/florence-vl train recipes/quickstart_lora.yaml
+	$(VENV)/bin/florence-vl train examples/quickstart/quickstart_lora.yaml
 	$(VENV)/bin/python examples/quickstart/new_question.py compare quickstart-lora
 
 quickstart-output:
