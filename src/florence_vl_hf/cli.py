@@ -217,7 +217,7 @@ def check_data(
     from transformers import AutoProcessor
 
     from .training import check_data as checks
-    from .training.conversation_data import load_conversations
+    from .training import load_conversations
 
     if chat_template is not None and model is None:
         raise typer.BadParameter("It takes the tokenizer of a --model.", param_hint="--chat-template")
