@@ -181,6 +181,7 @@ class TestParseRecipe:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
+            ({5: 1}, "no setting '5'"),
             ({"learning_rat": 1}, "'learning_rat'; did you mean 'learning_rate'"),
             ({"learning_rate": "fast"}, "learning_rate: 'fast'.*expected float"),
             ({"lora_r": "many"}, "lora_r: 'many'.*expected int"),

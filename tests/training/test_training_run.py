@@ -150,6 +150,7 @@ class TestLora:
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
         )
+        before_peft = base.num_parameters()
         with torch.no_grad():
             before = base(**inputs).logits
             adapted = PeftModel.from_pretrained(base, output).eval()
@@ -160,6 +161,8 @@ class TestLora:
         card = ModelCard.load(Path(output) / "README.md")
         assert card.data.library_name == "peft"
         assert "| lora_r | 4 |" in card.text and "PeftModel.from_pretrained" in card.text
+        assert "| optimizer | adamw_torch" in card.text
+        assert f"| all | {before_peft:,} parameters |" in card.text
 
     def test_merged_it_loads_without_peft(self, recipe, tmp_path):
         train(recipe | {"use_peft": True, "lora_r": 4, "eval_file": recipe["train_file"]})

@@ -38,12 +38,12 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FILES = [*CHECKPOINT_FILES, "*.jinja", CARD_FILE]
 
 
-def lora_target_modules(model: PreTrainedModel) -> str:
+def lora_target_modules(model: nn.Module) -> str:
     """
     Return a pattern for peft that matches each linear layer of the language model and no other module.
 
     Args:
-        model (`PreTrainedModel`): A Florence-VL model, with or without its head, quantized or not.
+        model (`nn.Module`): A Florence-VL model, with or without its head, quantized or not.
 
     Returns:
         `str`: A regular expression of complete module names, for `LoraConfig.target_modules`.
@@ -96,7 +96,7 @@ def lora_config(
     """
     return LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type] # not only integers
         lora_dropout=dropout,
         target_modules=lora_target_modules(model),
         modules_to_save=[PROJECTOR] if train_projector else None,
@@ -112,17 +112,16 @@ def quantization_config(bits: int, compute_dtype: torch.dtype = torch.bfloat16) 
         bits (`int`): 4, as in QLoRA (NF4 with double quantization), or 8 (LLM.int8).
         compute_dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): dtype that 4-bit layers compute in.
     """
-    if bits == 4:
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute_dtype,
-            llm_int8_skip_modules=list(NOT_QUANTIZED),
-        )
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(NOT_QUANTIZED))
-    raise ValueError(f"Got {bits!r} bits, expected 4 or 8.")
+    if bits not in (4, 8):
+        raise ValueError(f"Got {bits!r} bits, expected 4 or 8.")
+    return BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=list(NOT_QUANTIZED),
+    )
 
 
 def merge_adapter(
@@ -177,7 +176,7 @@ def merge_adapter(
                 **{name: metadata[name] for name in ("license", "language", "datasets") if name in metadata},
             ),
             name=Path(output).name,
-            base_name=public_name(base or config.base_model_name_or_path),
+            base_name=public_name(base or str(config.base_model_name_or_path)),
             adapter_name=public_name(adapter),
             config=merged.config,
             is_plain=is_plain(processor),

@@ -109,9 +109,9 @@ class DataArguments:
     @property
     def eval_files(self) -> dict[str | None, str]:
         """Evaluation sets by name; `None` is the name of a single one."""
-        if isinstance(self.eval_file, dict):
-            return dict(self.eval_file)
-        return {} if self.eval_file is None else {None: self.eval_file}
+        if isinstance(self.eval_file, str):
+            return {None: self.eval_file}
+        return dict((self.eval_file or {}).items())
 
 
 @dataclass
@@ -138,7 +138,7 @@ class FlorenceVLTrainingArguments(TrainingArguments):
     )
 
 
-ARGUMENT_CLASSES = (ModelArguments, DataArguments, FlorenceVLTrainingArguments)
+ARGUMENT_CLASSES: tuple[Any, ...] = (ModelArguments, DataArguments, FlorenceVLTrainingArguments)
 SETTINGS: dict[str, Field] = {
     setting.name: setting for arguments in ARGUMENT_CLASSES for setting in fields(arguments) if setting.init
 }
@@ -224,7 +224,7 @@ def parse_recipe(recipe: dict[str, Any]) -> tuple[ModelArguments, DataArguments,
     """
     settings = {}
     for name, value in recipe.items():
-        name = re.sub("^(gradient|activation)_checkpointing", CHECKPOINTING, name)
+        name = re.sub("^(gradient|activation)_checkpointing", CHECKPOINTING, str(name))
         if name not in SETTINGS:
             close = get_close_matches(name, SETTINGS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "`florence-vl train --settings` lists them."
@@ -233,7 +233,8 @@ def parse_recipe(recipe: dict[str, Any]) -> tuple[ModelArguments, DataArguments,
             settings[name] = _convert(name, value)
     if missing := [name for name, setting in SETTINGS.items() if _is_required(setting) and name not in settings]:
         raise ValueError(f"The recipe lacks {' and '.join(missing)}; add it, in the file or with `--set`.")
-    return HfArgumentParser(ARGUMENT_CLASSES).parse_dict(settings)
+    model, data, training = HfArgumentParser(ARGUMENT_CLASSES).parse_dict(settings)
+    return model, data, training
 
 
 def _convert(name: str, value: Any) -> Any:

@@ -13,6 +13,7 @@ import transformers
 from huggingface_hub import ModelCardData
 from peft import PeftModel
 from transformers.modelcard import extract_hyperparameters_from_trainer
+from transformers.training_args import OptimizerNames
 
 from ..model_cards import is_plain, public_name, write_card
 from .arguments import DataArguments, ModelArguments
@@ -58,6 +59,7 @@ def write_training_card(
     trainer: FlorenceVLTrainer,
     model_arguments: ModelArguments,
     data_arguments: DataArguments,
+    num_samples: int,
     num_skipped: int,
     evaluations: Mapping[str, Mapping[str, float]],
 ) -> None:
@@ -65,7 +67,9 @@ def write_training_card(
     args, state = trainer.args, trainer.state
     model = trainer.accelerator.unwrap_model(trainer.model)
     is_adapter = isinstance(model, PeftModel)
+    trained_parameters = count_trained(model)
     hyperparameters = extract_hyperparameters_from_trainer(trainer)
+    hyperparameters["optimizer"] = OptimizerNames(args.optim).value
     for name in ("projector_learning_rate", "vision_tower_learning_rate"):
         hyperparameters[name] = getattr(args, name)
     if is_adapter:
@@ -76,9 +80,9 @@ def write_training_card(
     is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
     facts = TrainingFacts(
         stage=model_arguments.stage,
-        trained_parameters=count_trained(model),
+        trained_parameters=trained_parameters,
         data_name=public_name(data_arguments.train_file),
-        num_samples=len(trainer.train_dataset),
+        num_samples=num_samples,
         num_skipped=num_skipped,
         max_length=data_arguments.max_length,
         num_steps=state.global_step,
@@ -97,9 +101,11 @@ def write_training_card(
         },
     )
     processor = trainer.data_collator.processor
+    output = Path(str(args.output_dir))
+    metadata: dict[str, Any] = {TRAINING_METADATA: asdict(facts)}
     base, data = model_arguments.model_name_or_path, data_arguments.train_file
     write_card(
-        Path(args.output_dir),
+        output,
         "trained.md.jinja",
         ModelCardData(
             pipeline_tag="image-text-to-text",
@@ -108,15 +114,18 @@ def write_training_card(
             # Ids on the Hub, and no paths of this machine.
             base_model=None if Path(base).exists() else base,
             datasets=None if Path(data).exists() else [data],
-            **{TRAINING_METADATA: asdict(facts)},
+            **metadata,
         ),
-        name=args.hub_model_id or Path(args.output_dir).name,
+        name=args.hub_model_id or output.name,
         base_name=public_name(base),
         is_adapter=is_adapter,
         is_plain=is_plain(processor),
         image_token=processor.image_token,
         do_pad=getattr(processor.image_processor, "do_pad", False),
-        num_parameters=(model.get_base_model() if is_adapter else model).num_parameters(),
+        # Without LoRA and the trained copy of the projector.
+        num_parameters=model.get_base_model().num_parameters() - sum(trained_parameters.values())
+        if is_adapter
+        else model.num_parameters(),
         config=model.config,
         training=facts,
     )

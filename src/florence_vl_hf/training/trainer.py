@@ -91,14 +91,16 @@ class FlorenceVLTrainer(Trainer):
                 "forever; use ZeRO-2 or FSDP2, or evaluate the saved model."
             )
 
-    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
-        """As in `Trainer`, with a parameter group for each learning rate if a part of the model has its own."""
-        optimizer_cls, optimizer_kwargs = super().get_optimizer_cls_and_kwargs(args, model)
-        rates = {"projector": args.projector_learning_rate, "vision_tower": args.vision_tower_learning_rate}
-        # Some optimizers have parameter groups of their own.
-        if any(rate is not None for rate in rates.values()) and "params" not in optimizer_kwargs:
-            optimizer_kwargs["params"] = self.parameter_groups(model or self.model, rates)
-        return optimizer_cls, optimizer_kwargs
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As in `Trainer`, with parameter groups by part of the model if a part has its own learning rate."""
+        rates = {"projector": self.args.projector_learning_rate, "vision_tower": self.args.vision_tower_learning_rate}
+        if any(rate is not None for rate in rates.values()) and self.optimizer_cls_and_kwargs is None:
+            model = self.model if model is None else model
+            optimizer_cls, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            # Some optimizers have parameter groups of their own.
+            optimizer_kwargs = {"params": self.parameter_groups(model, rates), **optimizer_kwargs}
+            self.optimizer_cls_and_kwargs = (optimizer_cls, optimizer_kwargs)
+        return super().create_optimizer(model)
 
     def parameter_groups(self, model: torch.nn.Module, rates: dict[str, float | None]) -> list[dict[str, Any]]:
         """Group the trained parameters of a model by part, and by whether weight decay applies to them."""
@@ -138,19 +140,25 @@ class FlorenceVLTrainer(Trainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def evaluation_loop(
-        self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As in `Trainer`; with `predict_with_generate`, also generate answers and measure them."""
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self.args.predict_with_generate:
             measured = self.answer_metric(*self.generate_answers(dataloader.dataset))
             try:
                 # Logs cannot hold the floats of numpy or torch.
-                output.metrics.update({f"{metric_key_prefix}_{name}": float(x) for name, x in measured.items()})
+                metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in measured.items()}
             except (AttributeError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"The answer metric returned {measured!r}, expected a dict of floats, such as {{'accuracy': 0.5}}."
                 ) from error
+            output = output._replace(metrics={**(output.metrics or {}), **metrics})
         return output
 
     def generate_answers(self, dataset: Any) -> tuple[list[str], list[str]]:

@@ -26,11 +26,11 @@ def register_training_hook(model: nn.Module) -> None:
         model (`nn.Module`): A Florence-VL model, with or without adapters, wrapped or not.
     """
     model = inner_model(model)
-    for key, hook in model._forward_pre_hooks.items():
-        if hook is _before_forward:
-            # DeepSpeed records the order of modules in hooks, which must run before this one encodes an image.
-            model._forward_pre_hooks.move_to_end(key)
-            return
+    hooks = model._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _before_forward]:
+        # To the end: DeepSpeed records the order of modules in hooks, which must run before this one encodes an image.
+        hooks[key] = hooks.pop(key)
+        return
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
 
 

@@ -80,7 +80,13 @@ def train(recipe: dict[str, Any]) -> dict[str, float]:
     trainer.log_metrics("all", metrics)
     trainer.save_metrics("all", metrics)
     trainer.write_card = partial(
-        write_training_card, trainer, model_arguments, data_arguments, trainer.total_skipped(), evaluations
+        write_training_card,
+        trainer,
+        model_arguments,
+        data_arguments,
+        num_samples=len(train_dataset),
+        num_skipped=trainer.total_skipped(),
+        evaluations=evaluations,
     )
     trainer.create_model_card()
     logger.info(f"Saved the model, its processor and its model card to {args.output_dir}.")
@@ -110,7 +116,7 @@ def load_datasets(
         if not Path(directory).is_dir():
             raise ValueError(f"There is no image directory {directory}; give the one that paths are relative to.")
     if args.eval_strategy != "no" and not data_arguments.eval_files:
-        raise ValueError(f"Got `eval_strategy: {args.eval_strategy.value}` but no `eval_file`; add one.")
+        raise ValueError("Got an `eval_strategy` but no `eval_file`; add one.")
     train_dataset = load_conversations(
         data_arguments.train_file, data_arguments.image_folder, data_arguments.train_split
     )
@@ -185,12 +191,13 @@ def _check_loading(model_arguments: ModelArguments, loading: dict[str, Any]) -> 
 def _train_or_resume(trainer: FlorenceVLTrainer) -> dict[str, float]:
     """Train, from the last complete checkpoint if there is one, and return the metrics."""
     args = trainer.args
+    checkpoint: Path | None
     if args.resume_from_checkpoint is not None:
         checkpoint = Path(args.resume_from_checkpoint)
         if not checkpoint.is_dir():
             raise ValueError(f"There is no checkpoint {checkpoint}; correct `resume_from_checkpoint`.")
     else:
-        checkpoint = last_complete_checkpoint(args.output_dir)
+        checkpoint = last_complete_checkpoint(str(args.output_dir))
         if checkpoint is not None and not args.auto_resume:
             raise ValueError(
                 f"{args.output_dir} has {checkpoint.name} of another run, but `auto_resume` is false; choose another "
