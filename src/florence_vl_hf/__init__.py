@@ -9,7 +9,6 @@ from transformers import (
     AutoProcessor,
 )
 
-from .conversion.direct_loading import register_original_checkpoints
 from .modeling import (
     FlorenceVLConfig,
     FlorenceVLForConditionalGeneration,
@@ -24,8 +23,6 @@ AutoModel.register(FlorenceVLConfig, FlorenceVLModel)
 AutoModelForImageTextToText.register(FlorenceVLConfig, FlorenceVLForConditionalGeneration)
 AutoModelForMultimodalLM.register(FlorenceVLConfig, FlorenceVLForConditionalGeneration)
 AutoProcessor.register(FlorenceVLConfig, FlorenceVLProcessor)
-
-register_original_checkpoints()
 
 __all__ = [
     "FlorenceVLConfig",
