@@ -331,39 +331,26 @@ def write_tensors(directory: Path, tensors: dict[str, LazyTensor], max_shard_siz
     )
     with tqdm(total=num_bytes, desc="Writing weights", unit="B", unit_scale=True, unit_divisor=1024) as progress:
         for file_name, names in split.filename_to_tensors.items():
-            # Passed on without a name, so that the shard is dropped before the next one is read.
-            _save_shard(directory / file_name, {name: _load_checked(name, tensors[name]) for name in names})
+            _write_shard(directory / file_name, {name: tensors[name] for name in names})
             progress.update(sum(tensors[name].num_bytes for name in names))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _save_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def _write_shard(path: Path, tensors: dict[str, LazyTensor]) -> None:
+    shard: dict[str, torch.Tensor] = {}
+    for name, lazy in tensors.items():
+        tensor = lazy.load()
+        if tensor.dtype != lazy.dtype or tuple(tensor.shape) != lazy.shape:
+            raise CheckpointError(
+                f"{name} is a {tuple(tensor.shape)} of {tensor.dtype}, expected {lazy.shape} of {lazy.dtype}; "
+                f"download {lazy.file.name} again."
+            )
+        # Safetensors refuses tensors that share memory: one that is written under two names.
+        is_shared = any(tensor.data_ptr() == other.data_ptr() for other in shard.values())
+        shard[name] = tensor.clone() if is_shared else tensor.contiguous()
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(shard, path, metadata={"format": "pt"})
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path.name} cannot be written: {error}") from error
-
-
-def _load_checked(name: str, lazy: LazyTensor) -> torch.Tensor:
-    tensor = lazy.load()
-    if tensor.dtype != lazy.dtype or tuple(tensor.shape) != lazy.shape:
-        raise CheckpointError(
-            f"{name} is a {tuple(tensor.shape)} of {tensor.dtype}, expected {lazy.shape} of {lazy.dtype}; download "
-            f"{lazy.file.name} again."
-        )
-    return tensor.contiguous()
-
-
-__all__ = [
-    "CHECKPOINT_FILES",
-    "CheckpointError",
-    "LazyTensor",
-    "output_directory",
-    "read_json",
-    "read_tensor_file",
-    "read_tensors",
-    "resolve_checkpoint",
-    "write_tensors",
-]

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, logging
 
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor, load_chat_template
-from .checkpoint_files import CheckpointError, resolve_checkpoint
+from .checkpoint_files import CheckpointError, read_json, resolve_checkpoint
 from .convert_florence_vl_to_hf import TOWER_CONFIG_FILES
 from .original_checkpoint import read_original
 from .original_config import TEXT_MODEL_TYPES, describe_assumption, own_fields
@@ -82,9 +82,10 @@ def load_original(
         device_map=device_map,
         **kwargs,
     )
-    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model = _model_of(loaded)
     model.generation_config = checkpoint.generation_config
-    model.config.name_or_path = str(path_or_id)
+    # PEFT reads the model's attribute, others the configuration's.
+    model.name_or_path = model.config.name_or_path = str(path_or_id)
     checkpoint.processor.num_image_tokens = model.config.num_image_tokens
     return loaded, checkpoint.processor
 
@@ -98,33 +99,43 @@ def load_pretrained(
     **kwargs: Any,
 ) -> tuple[Any, FlorenceVLProcessor]:
     """
-    Load a model and its processor, whether the checkpoint is an original or in this package's layout.
+    Load a model and its processor from an original checkpoint, from one in this package's layout, or from an adapter
+    that PEFT saved for either.
 
     Arguments and return values are those of `load_original`.
     """
+    of_original = {
+        "vision_tower": vision_tower,
+        "image_feature_source": image_feature_source,
+        "chat_template": chat_template,
+    }
     hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     if is_original(path_or_id, **hub_kwargs):
-        return load_original(
-            path_or_id,
-            vision_tower=vision_tower,
-            image_feature_source=image_feature_source,
-            chat_template=chat_template,
-            **kwargs,
-        )
-    if vision_tower is not None:
-        raise CheckpointError(f"{path_or_id} is in this package's layout and has a vision tower; omit `vision_tower`.")
-    overrides = _pop_config_fields(kwargs)
-    if image_feature_source is not None:
-        overrides["image_feature_source"] = image_feature_source
-    if overrides:
-        kwargs["config"] = _with_overrides(FlorenceVLConfig.from_pretrained(path_or_id, **hub_kwargs), overrides)
-    loaded = FlorenceVLForConditionalGeneration.from_pretrained(path_or_id, **kwargs)
-    model = loaded[0] if isinstance(loaded, tuple) else loaded
+        return load_original(path_or_id, **of_original, **kwargs)
+    adapter_config = find_adapter_config_file(path_or_id, **hub_kwargs)
+    base = adapter_config and read_json(Path(adapter_config)).get("base_model_name_or_path")
+    if base and is_original(base):
+        loaded, _ = load_original(base, **of_original, **kwargs)
+        _model_of(loaded).load_adapter(str(path_or_id))
+    else:
+        if vision_tower is not None:
+            raise CheckpointError(f"{path_or_id} is not an original checkpoint and has a vision tower; omit this one.")
+        overrides = _pop_config_fields(kwargs)
+        if image_feature_source is not None:
+            overrides["image_feature_source"] = image_feature_source
+        if overrides:
+            kwargs["config"] = _with_overrides(FlorenceVLConfig.from_pretrained(path_or_id, **hub_kwargs), overrides)
+        loaded = FlorenceVLForConditionalGeneration.from_pretrained(path_or_id, **kwargs)
     processor = FlorenceVLProcessor.from_pretrained(path_or_id, **hub_kwargs)
-    processor.num_image_tokens = model.config.num_image_tokens
+    processor.num_image_tokens = _model_of(loaded).config.num_image_tokens
     if chat_template is not None:
         processor.chat_template = load_chat_template(chat_template, processor.tokenizer, processor.image_token)
     return loaded, processor
+
+
+def _model_of(loaded: Any) -> FlorenceVLForConditionalGeneration:
+    """`from_pretrained` returns a pair with `output_loading_info=True`."""
+    return loaded[0] if isinstance(loaded, tuple) else loaded
 
 
 def _pop_config_fields(kwargs: dict[str, Any]) -> dict[str, Any]:
