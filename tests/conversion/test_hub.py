@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from florence_vl_hf.cli import main
-from florence_vl_hf.conversion import CheckpointError, convert, push, write_remote_code
+from florence_vl_hf.conversion import CheckpointError, convert
+from florence_vl_hf.conversion.hub import push
+from florence_vl_hf.conversion.remote_code import write_remote_code
 
 from ..conftest import FIXTURES, Golden
 

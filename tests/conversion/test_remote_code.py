@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from florence_vl_hf import FlorenceVLForConditionalGeneration, FlorenceVLModel, FlorenceVLProcessor
-from florence_vl_hf.conversion import write_remote_code
+from florence_vl_hf.conversion.remote_code import write_remote_code
 
 from ..conftest import tiny_model
 
