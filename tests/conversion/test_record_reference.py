@@ -185,3 +185,20 @@ def test_images_already_in_place_are_kept(script, golden, tmp_path):
     script.write(tmp_path / "r.safetensors", {"projected": torch.zeros(1)}, {"images": ["a.png"]}, tmp_path / "images")
     assert (tmp_path / "images" / "a.png").read_bytes() == b"image"
     assert (tmp_path / "r.json").exists() and (tmp_path / "r.safetensors").exists()
+
+
+@pytest.mark.parametrize(("image_aspect_ratio", "expected"), [("pad", 1.0), ("square", 2.0), (None, 2.0)])
+def test_images_are_preprocessed_as_in_training(image_aspect_ratio, expected, script, monkeypatch):
+    """Florence-2's processor takes text first, so that `process_images` only works for padded images."""
+
+    def image_processor(text: list[str], images: object, **kwargs: object) -> dict[str, torch.Tensor]:
+        assert all(isinstance(part, str) for part in text)
+        return {"pixel_values": torch.full((1, 3, 8, 8), 2.0)}
+
+    module = ModuleType("llava.mm_utils")
+    module.process_images = lambda images, image_processor, config: torch.full((1, 3, 8, 8), 1.0)
+    monkeypatch.setitem(sys.modules, "llava", ModuleType("llava"))
+    monkeypatch.setitem(sys.modules, "llava.mm_utils", module)
+    config = SimpleNamespace(image_aspect_ratio=image_aspect_ratio)
+    pixel_values = script.preprocess(object(), image_processor, config)
+    assert_close(pixel_values, torch.full((3, 8, 8), expected))

@@ -292,7 +292,12 @@ class TestReferences:
         else:
             generations[1]["generated_ids"][-1] += 1
         change(reference, forwards=forwards, generations=generations)
-        assert failed(verify(good_model, llama_processor, reference)) == [check]
+        results = verify(good_model, llama_processor, reference)
+        assert failed(results) == [check]
+        if key == "generated_ids":
+            last = generations[1]["generated_ids"][-1]
+            assert results[-2].note.startswith(f"1 of {len(generations)} differ, first: answer 1, ")
+            assert results[-2].note.endswith(f"has [{last - 1}] instead of [{last}] at token 15")
 
     @pytest.mark.parametrize("tensors", [{"something": torch.zeros(2)}, {"image_feature": torch.zeros(7, 10, 8)}])
     def test_nothing_to_compare(self, tensors, good_model, llama_processor, tmp_path):

@@ -1,8 +1,9 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Compare a model with a recorded reference of the original, check by check."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,6 @@ class Tolerances:
     projection: float = 1e-4
     logits: float = 2e-3
     loss: float = 1e-3
-
-    def times(self, factor: float) -> "Tolerances":
-        return Tolerances(**{field.name: factor * getattr(self, field.name) for field in fields(self)})
 
 
 class Verdict(StrEnum):
@@ -88,7 +86,8 @@ def verify(
             f"Got a model of type {model.config.model_type!r}, expected {FlorenceVLConfig.model_type!r}; load the "
             f"checkpoint with `load_pretrained`."
         )
-    checks = _Checks(model.eval(), processor, read_reference(Path(reference)), Tolerances().times(tolerance_factor))
+    tolerances = Tolerances(**{name: tolerance_factor * value for name, value in asdict(Tolerances()).items()})
+    checks = _Checks(model.eval(), processor, read_reference(Path(reference)), tolerances)
     # TensorFloat-32, the default of convolutions on a GPU, is a thousand times coarser than the tolerances.
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         results = checks.run()
@@ -124,18 +123,19 @@ def format_results(results: list[CheckResult]) -> str:
 
 
 def _compare(
-    name: str, recorded: torch.Tensor | None, ours: torch.Tensor | str, tolerance: float, relative: bool = False
+    name: str, recorded: torch.Tensor | None, computed: torch.Tensor | str, tolerance: float, relative: bool = False
 ) -> CheckResult:
-    """Compare two tensors. A text instead of ours says why there is none."""
+    """Compare a recorded tensor with a computed one, or with the reason why there is none."""
     if recorded is None:
         return CheckResult(name, Verdict.NOT_RECORDED)
-    if isinstance(ours, str) or not recorded.numel():
-        note = ours if isinstance(ours, str) else "the recorded tensor is empty"
-        return CheckResult(name, Verdict.NOT_COMPARABLE, note=note)
-    if ours.shape != recorded.shape:
-        note = f"recorded as {tuple(recorded.shape)}, the model gives {tuple(ours.shape)}"
+    if isinstance(computed, str):
+        return CheckResult(name, Verdict.NOT_COMPARABLE, note=computed)
+    if not recorded.numel():
+        return CheckResult(name, Verdict.NOT_COMPARABLE, note="the recorded tensor is empty")
+    if computed.shape != recorded.shape:
+        note = f"recorded as {tuple(recorded.shape)}, the model gives {tuple(computed.shape)}"
         return CheckResult(name, Verdict.FAILED, note=note)
-    difference = (ours.cpu().float() - recorded.float()).abs()
+    difference = (computed.cpu().float() - recorded.float()).abs()
     if relative:
         difference /= recorded.abs().max().item() or 1.0
     largest = difference.max().item()  # NaN if any difference is, and NaN fails
@@ -147,68 +147,58 @@ def _compare_ids(name: str, pairs: dict[str, tuple[list[int], list[int]]]) -> Ch
     """Compare pairs of recorded and computed token ids."""
     if not pairs:
         return CheckResult(name, Verdict.NOT_RECORDED)
-    differing = [
-        f"{label} gives {ours} instead of {recorded}" for label, (recorded, ours) in pairs.items() if ours != recorded
-    ]
+    differing = [label for label, (recorded, computed) in pairs.items() if computed != recorded]
     if differing:
-        return CheckResult(
-            name, Verdict.FAILED, note=f"{len(differing)} of {len(pairs)} differ, first: {differing[0]}"
-        )
+        recorded, computed = pairs[differing[0]]
+        start = next(i for i, (a, b) in enumerate(zip_longest(recorded, computed)) if a != b)
+        found, expected = computed[start : start + 5], recorded[start : start + 5]
+        note = f"{differing[0]} has {found} instead of {expected} at token {start}"
+        return CheckResult(name, Verdict.FAILED, note=f"{len(differing)} of {len(pairs)} differ, first: {note}")
     return CheckResult(name, Verdict.OK, note=f"{len(pairs)} compared")
 
 
+@dataclass
 class _Checks:
     """The checks of one model against one reference, each in a method of its own."""
 
-    def __init__(
-        self,
-        model: FlorenceVLForConditionalGeneration,
-        processor: FlorenceVLProcessor,
-        reference: Reference,
-        tolerances: Tolerances,
-    ) -> None:
-        self.model, self.processor, self.reference, self.tolerances = model, processor, reference, tolerances
-        self.config: FlorenceVLConfig = model.config
-        self.images: list[str] = reference.entries("images")
-        self.pixels = reference.load("pixel_values")
-        # Why the model cannot encode the recorded images, and why what follows from them cannot be compared.
+    model: FlorenceVLForConditionalGeneration
+    processor: FlorenceVLProcessor
+    reference: Reference
+    tolerances: Tolerances
+
+    def run(self) -> list[CheckResult]:
+        self.config: FlorenceVLConfig = self.model.config
+        self.images = self.reference.entries("images")
+        self.pixels = self.reference.load("pixel_values")
+        # Why the model cannot encode the recorded images, and why the result cannot be compared.
         self.image_obstacle = self.feature_obstacle = ""
         image_shape = (3, self.config.image_size, self.config.image_size)
         if self.pixels is None:
             self.image_obstacle = "needs pixel_values, which are not recorded"
         elif (recorded := tuple(self.pixels.shape[1:])) != image_shape:
             self.image_obstacle = f"pixel_values are recorded as {recorded}, the model expects {image_shape}"
-
-    def run(self) -> list[CheckResult]:
         image_tokens = self.image_tokens()
         mismatch = "the numbers of image tokens differ" if image_tokens.verdict is Verdict.FAILED else ""
         self.feature_obstacle = self.image_obstacle or mismatch
-        logits_and_losses = self.forwards()
-        return [
-            image_tokens,
-            self.pixel_values(),
-            *self.features(),
-            *logits_and_losses,
-            self.generations(),
-            self.token_ids(),
-        ]
+        results = [image_tokens, self.pixel_values(), *self.features(), *self.forwards()]
+        return [*results, self.generations(), self.token_ids()]
 
     def image_tokens(self) -> CheckResult:
-        config, tensors, ours = self.config, self.reference.tensors, self.config.num_image_tokens
+        config, tensors, computed = self.config, self.reference.tensors, self.config.num_image_tokens
         if "image_feature" in tensors:
-            recorded, ours = tensors["image_feature"].shape[1], config.num_feature_tokens
+            recorded, computed = tensors["image_feature"].shape[1], config.num_feature_tokens
         elif "projected" in tensors:
             recorded = tensors["projected"].shape[1]
         elif (recorded := self.reference.record.get("num_image_tokens")) is None:
             return CheckResult("image tokens", Verdict.NOT_RECORDED)
-        if recorded == ours:
-            return CheckResult("image tokens", Verdict.OK, note=f"{ours} per image")
+        if recorded == computed:
+            return CheckResult("image tokens", Verdict.OK, note=f"{computed} per image")
         num_positions = config.feature_grid_size**2
         sources = {num_positions + 1: "spatial_avg_pool,temporal_avg_pool", num_positions: "temporal_avg_pool"}
         remedy = f"no --image-feature-source gives that at {config.image_size} x {config.image_size} pixels"
         if recorded in sources:
             remedy = f"convert it again with --image-feature-source {sources[recorded]}"
-        note = f"the original has {recorded} per image, the model {ours}; {remedy}"
+        note = f"the original has {recorded} per image, the model {computed}; {remedy}"
         return CheckResult("image tokens", Verdict.FAILED, note=note)
 
     def pixel_values(self) -> CheckResult:
@@ -217,12 +207,12 @@ class _Checks:
             note = "" if self.pixels is None else "needs the images, in images/ beside the reference"
             return CheckResult("pixel values", Verdict.NOT_RECORDED, note=note)
         image_processor, tolerances = self.processor.image_processor, self.tolerances
-        ours = torch.cat([image_processor(Image.open(path), return_tensors="pt").pixel_values for path in paths])
-        result = _compare("pixel values", self.pixels, ours, tolerances.pixel_values)
+        computed = torch.cat([image_processor(Image.open(path), return_tensors="pt").pixel_values for path in paths])
+        result = _compare("pixel values", self.pixels, computed, tolerances.pixel_values)
         if result.verdict is not Verdict.FAILED or result.max_difference is None:
             return result
         # Other versions of the image libraries may round a few pixels to the next step.
-        difference = (ours - self.pixels).abs()
+        difference = (computed - self.pixels).abs()
         share = (difference > tolerances.pixel_values).double().mean().item()
         steps = (difference * 255 * torch.tensor(image_processor.image_std)[:, None, None]).max().item()
         # One step is seldom exactly 1 in float32.
@@ -238,18 +228,20 @@ class _Checks:
         if prompts and encoded is not None:
             recorded |= zip(prompts, encoded.tensor_split(len(prompts), dim=-1), strict=True)
         recorded["projection"] = load("projected")
-        ours = {"V": "the model does not fuse it"} | ({} if self.image_obstacle else self._encode_images(prompts))
+        computed: dict[str, torch.Tensor | str] = {"V": "the model does not fuse it"}
+        if self.pixels is not None and not self.image_obstacle:
+            computed |= self._encode_images(self.pixels, prompts)
         tolerances = dict.fromkeys(recorded, self.tolerances.features)
         tolerances |= {DAVIT: self.tolerances.davit, "projection": self.tolerances.projection}
-        results = []
-        for name, tensor in recorded.items():
-            obstacle = self.image_obstacle if name == DAVIT else self.feature_obstacle
-            results.append(_compare(name, tensor, obstacle or ours[name], tolerances[name], relative=name == DAVIT))
-        return results
+        obstacles = dict.fromkeys(recorded, self.feature_obstacle) | {DAVIT: self.image_obstacle}
+        return [
+            _compare(name, tensor, obstacles[name] or computed[name], tolerances[name], relative=name == DAVIT)
+            for name, tensor in recorded.items()
+        ]
 
-    def _encode_images(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+    def _encode_images(self, pixel_values: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
         batches = []
-        for pixels in tqdm(self.pixels.split(IMAGES_PER_BATCH), desc="Images", leave=False):
+        for pixels in tqdm(pixel_values.split(IMAGES_PER_BATCH), desc="Images", leave=False):
             output = self.model.get_image_features(
                 pixels.to(self.model.device, self.model.dtype), output_hidden_states=True, return_dict=True
             )
@@ -268,23 +260,23 @@ class _Checks:
         results = {name: CheckResult(name, Verdict.NOT_RECORDED) for name in names}
         for i, forward in enumerate(tqdm(forwards, desc="Forwards", leave=False)):
             logits = self.reference.load(f"forward{i}.logits")
-            loss = torch.tensor([forward["loss"]]) if {"loss", "labels"} <= forward.keys() else None
+            loss = torch.tensor(forward["loss"]) if {"loss", "labels"} <= forward.keys() else None
             if logits is None and loss is None:
                 continue
-            inputs, our_logits = self._model_inputs(forward)
-            our_loss = our_logits
-            if inputs:
+            inputs = self._model_inputs(forward)
+            if isinstance(inputs, str):
+                computed_logits = computed_loss = inputs
+            else:
                 output = self.model(**inputs)
-                our_loss = "the model computes none" if output.loss is None else output.loss.reshape(1)
-                our_logits = output.logits[..., ::LOGITS_STRIDE].cpu()
+                computed_logits, computed_loss = output.logits[..., ::LOGITS_STRIDE].cpu(), output.loss
                 if logits is not None:
                     # The original has no entries for `<image>`, and computes nothing meaningful at padding.
-                    our_logits = our_logits[..., : logits.shape[-1]]
-                if logits is not None and our_logits.shape == logits.shape:
-                    padding = inputs["attention_mask"].cpu()[..., None] == 0
-                    our_logits, logits = our_logits.masked_fill(padding, 0), logits.masked_fill(padding, 0)
-            results[f"logits {i}"] = _compare(f"logits {i}", logits, our_logits, self.tolerances.logits)
-            results[f"loss {i}"] = _compare(f"loss {i}", loss, our_loss, self.tolerances.loss)
+                    computed_logits = computed_logits[..., : logits.shape[-1]]
+                    if computed_logits.shape == logits.shape:
+                        is_token = inputs["attention_mask"].cpu().bool()
+                        computed_logits, logits = computed_logits[is_token], logits[is_token]
+            results[f"logits {i}"] = _compare(f"logits {i}", logits, computed_logits, self.tolerances.logits)
+            results[f"loss {i}"] = _compare(f"loss {i}", loss, computed_loss, self.tolerances.loss)
         return list(results.values())
 
     def generations(self) -> CheckResult:
@@ -292,14 +284,14 @@ class _Checks:
         pairs = {}
         for generation in tqdm(self.reference.entries("generations"), desc="Generations", leave=False):
             ids, recorded = generation["chat_input_ids"], generation["generated_ids"]
-            inputs, obstacle = self._model_inputs({"rows": [generation], "input_ids": [ids]})
-            if obstacle:
-                return CheckResult("greedy tokens", Verdict.NOT_COMPARABLE, note=obstacle)
+            inputs = self._model_inputs({"rows": [generation], "input_ids": [ids]})
+            if isinstance(inputs, str):
+                return CheckResult("greedy tokens", Verdict.NOT_COMPARABLE, note=inputs)
             output_ids = self.model.generate(
                 **inputs, max_new_tokens=max(len(recorded), 1), do_sample=False, num_beams=1
             )
-            ours = output_ids[0, inputs["input_ids"].shape[1] :].tolist()
-            pairs[f"answer {len(pairs)}, {generation['image']}"] = (recorded, ours)
+            computed = output_ids[0, inputs["input_ids"].shape[1] :].tolist()
+            pairs[f"answer {len(pairs)}, {generation['image']}"] = (recorded, computed)
         return _compare_ids("greedy tokens", pairs)
 
     def token_ids(self) -> CheckResult:
@@ -314,22 +306,22 @@ class _Checks:
                 if not self.processor.chat_template:
                     return CheckResult("token ids", Verdict.NOT_COMPARABLE, note="the processor has no chat template")
                 recorded, _ = forward_inputs({"rows": [{"image": ""}], "input_ids": [dialog[key]]}, self.config)
-                ours = self.processor.apply_chat_template(
+                computed = self.processor.apply_chat_template(
                     conversation, tokenize=True, return_dict=True, add_generation_prompt=key == "chat_input_ids"
                 )
-                pairs[f"{key} of dialog {i}"] = (recorded["input_ids"][0].tolist(), ours["input_ids"][0])
+                pairs[f"{key} of dialog {i}"] = (recorded["input_ids"][0].tolist(), computed["input_ids"][0])
         return _compare_ids("token ids", pairs)
 
-    def _model_inputs(self, forward: dict[str, Any]) -> tuple[dict[str, torch.Tensor], str]:
-        """Return the inputs of a recorded forward pass, or none and why the model cannot run it."""
+    def _model_inputs(self, forward: dict[str, Any]) -> dict[str, Any] | str:
+        """Return the inputs of a recorded forward pass, or why the model cannot run it."""
         inputs, images = forward_inputs(forward, self.config)
         unknown = sorted(set(images) - set(self.images))
         if images and (self.feature_obstacle or unknown):
-            return {}, self.feature_obstacle or f"needs pixel_values of {unknown[0]}, which are not recorded"
-        if images:
+            return self.feature_obstacle or f"needs pixel_values of {unknown[0]}, which are not recorded"
+        if images and self.pixels is not None:
             pixels = self.pixels[[self.images.index(name) for name in images]]
             inputs["pixel_values"] = pixels.to(self.model.dtype)
-        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}, ""
+        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
 
 
 def _message(turn: dict[str, str]) -> dict[str, Any]:
