@@ -23,11 +23,12 @@ from florence_vl_hf.conversion.original_config import (
     tower_settings_from_directory,
 )
 
-from ..conftest import FIXTURES, Golden, status
-from .test_assemble_florence_vl import save_llm, stored_tensors
+from ..conftest import status
+from .conftest import LLAMA, PHI, all_tensors
+from .test_assemble_florence_vl import save_llm
 
 
-PHI_TOWER = FIXTURES / "phi-small" / "checkpoint" / "vision_tower"
+PHI_TOWER = PHI.checkpoint / "vision_tower"
 TOWER = "model.vision_tower.vision_tower."
 
 
@@ -49,8 +50,8 @@ def again(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    golden, output = Golden(FIXTURES / "llama-small"), tmp_path_factory.mktemp("llama") / "model"
-    convert(golden.checkpoint, output, golden.vision_tower)
+    output = tmp_path_factory.mktemp("llama") / "model"
+    convert(LLAMA.checkpoint, output, LLAMA.vision_tower)
     return output
 
 
@@ -72,7 +73,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 class TestRoundTrip:
     def test_every_tensor_is_bit_equal(self, converted, again):
-        before, after = stored_tensors(converted), stored_tensors(again)
+        before, after = all_tensors(converted), all_tensors(again)
         assert {tensor.dtype for tensor in before.values()} == {torch.bfloat16}
         assert_close(after, before, rtol=0, atol=0)
 
@@ -116,7 +117,7 @@ class TestRoundTrip:
 
 class TestOriginalFormat:
     def test_tensors_and_names_are_the_goldens(self, golden, exported):
-        original, ours = stored_tensors(golden.checkpoint), stored_tensors(exported)
+        original, ours = all_tensors(golden.checkpoint), all_tensors(exported)
         used = {name for name in original if to_converted(name).name is not None}
         assert set(ours) == used
         for name in used:
@@ -159,6 +160,14 @@ class TestOriginalFormat:
         assert tokenizer["added_tokens"] == [by_name[name] for name in names]
         Tokenizer.from_file(str(exported / "tokenizer.json"))
 
+    def test_pytorch_weights(self, copy, llama, tmp_path):
+        torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+        (copy / "model.safetensors").unlink()
+        for name, source in (("from_pytorch", copy), ("from_safetensors", llama)):
+            export(source, tmp_path / name)
+        tensors = all_tensors(tmp_path / "from_pytorch")
+        assert_close(tensors, all_tensors(tmp_path / "from_safetensors"), rtol=0, atol=0)
+
     def test_images_resized_without_padding(self, copy, tmp_path):
         edit(copy / "processor_config.json", lambda config: config["image_processor"].update(do_pad=False))
         files = read_as_original(copy).files
@@ -167,8 +176,7 @@ class TestOriginalFormat:
 
 class TestDecoder:
     def test_is_read_from_the_vision_tower(self, tmp_path, caplog):
-        phi = Golden(FIXTURES / "phi-small")
-        convert(phi.checkpoint, tmp_path / "converted")
+        convert(PHI.checkpoint, tmp_path / "converted")
         tower = tmp_path / "tower"
         tower.mkdir()
         shutil.copy(PHI_TOWER / "config.json", tower)
@@ -178,7 +186,7 @@ class TestDecoder:
         save_file(doubled, tower / "model.safetensors")
         export(tmp_path / "converted", tmp_path / "exported", tower)
         assert "start it at random" not in caplog.text
-        ours, original = stored_tensors(tmp_path / "exported"), stored_tensors(phi.checkpoint)
+        ours, original = all_tensors(tmp_path / "exported"), all_tensors(PHI.checkpoint)
         assert set(ours) == set(original)
         for name, tensor in original.items():
             assert ours[name].dtype == tensor.dtype
@@ -193,8 +201,8 @@ class TestDecoder:
         florence = Florence2ForConditionalGeneration(config)
         florence.save_pretrained(tmp_path / "tower")
         export(llama, tmp_path / "exported", tmp_path / "tower")
-        ours = stored_tensors(tmp_path / "exported")
-        original = stored_tensors(FIXTURES / "llama-small" / "checkpoint")
+        ours = all_tensors(tmp_path / "exported")
+        original = all_tensors(LLAMA.checkpoint)
         assert set(original) - set(ours) == {TOWER + "language_model.final_logits_bias"}  # zeros
         name = "decoder.layers.0.encoder_attn.k_proj.weight"
         expected = florence.model.language_model.get_parameter(name).bfloat16()
@@ -208,7 +216,7 @@ class TestDecoder:
         with pytest.raises(CheckpointError, match="as --vision-tower"):
             read_as_original(llama, PHI_TOWER)
         with pytest.raises(CheckpointError, match="missing: language_model.model.decoder"):
-            read_as_original(llama, FIXTURES / "llama-small" / "vision_tower")
+            read_as_original(llama, LLAMA.vision_tower)
 
 
 class TestVocabulary:
@@ -222,12 +230,11 @@ class TestVocabulary:
         assert checkpoint.tensors["lm_head.weight"].shape[0] == 512
 
     def test_image_token_of_the_original_is_kept(self, tmp_path):
-        golden = Golden(FIXTURES / "llama-small")
-        source = Path(shutil.copytree(golden.checkpoint, tmp_path / "source"))
+        source = Path(shutil.copytree(LLAMA.checkpoint, tmp_path / "source"))
         reserved = "<|reserved_special_token_2|>"
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (source / name).write_text((source / name).read_text().replace(reserved, "<image>"))
-        convert(source, tmp_path / "converted", golden.vision_tower)
+        convert(source, tmp_path / "converted", LLAMA.vision_tower)
         export(tmp_path / "converted", tmp_path / "exported")
         assert read(tmp_path / "exported" / "config.json")["vocab_size"] == 482
         convert(tmp_path / "exported", tmp_path / "again")
@@ -235,15 +242,14 @@ class TestVocabulary:
         assert ids == [470, 470]
 
     def test_tied_head_is_not_stored(self, tmp_path):
-        golden = Golden(FIXTURES / "llama-small")
-        source = Path(shutil.copytree(golden.checkpoint, tmp_path / "source"))
+        source = Path(shutil.copytree(LLAMA.checkpoint, tmp_path / "source"))
         edit(source / "config.json", lambda config: config.update(tie_word_embeddings=True))
-        convert(source, tmp_path / "converted", golden.vision_tower)
+        convert(source, tmp_path / "converted", LLAMA.vision_tower)
         export(tmp_path / "converted", tmp_path / "exported")
-        assert "lm_head.weight" not in stored_tensors(tmp_path / "exported")
+        assert "lm_head.weight" not in all_tensors(tmp_path / "exported")
         assert read(tmp_path / "exported" / "config.json")["tie_word_embeddings"] is True
         convert(tmp_path / "exported", tmp_path / "again")
-        assert_close(stored_tensors(tmp_path / "again"), stored_tensors(tmp_path / "converted"), rtol=0, atol=0)
+        assert_close(all_tensors(tmp_path / "again"), all_tensors(tmp_path / "converted"), rtol=0, atol=0)
 
 
 class TestTextConfig:
@@ -324,9 +330,7 @@ class TestRefusals:
         self.refuse(copy, tmp_path, "nothing uses: model.extra .* missing: model.language_model.norm.weight")
 
     def test_models_of_other_types(self, tmp_path):
-        self.refuse(
-            FIXTURES / "llama-small" / "checkpoint", tmp_path, "model type 'llava_llama', expected 'florence_vl'"
-        )
+        self.refuse(LLAMA.checkpoint, tmp_path, "model type 'llava_llama', expected 'florence_vl'")
         self.refuse(save_llm(tmp_path / "llm", "llama"), tmp_path, "model type 'llama'")
 
     def refuse(self, source: Path, tmp_path: Path, message: str) -> None:

@@ -2,12 +2,13 @@
 """Export a Florence-VL of this package to the original format, which the original code loads."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BartForConditionalGeneration, PreTrainedConfig
+from transformers import BartConfig, BartForConditionalGeneration
 from transformers.utils import logging
 
 from ..modeling import FlorenceVLConfig
@@ -23,13 +24,7 @@ from .checkpoint_files import (
     write_tensors,
 )
 from .key_mapping import ORIGINAL_TOWER, to_converted, to_original
-from .original_checkpoint import (
-    EMBEDDING_TABLES,
-    TOWER_DIRECTORY,
-    check_all_paired,
-    read_tower_tensors,
-    tensor_shapes,
-)
+from .original_checkpoint import EMBEDDING_TABLES, TOWER_DIRECTORY, check_all_paired, read_tower_tensors, tensor_shapes
 from .original_config import is_first_release, text_config_to_original, tower_config_to_first_release
 from .original_processor import IMAGE_TOKEN, UNUSED_ROW
 
@@ -93,7 +88,7 @@ def export(
             )
         logger.warning(
             f"config.json sets mm_vision_tower to {ORIGINAL_TOWER_ID}, whose code the original builds the tower with; "
-            f"change it if yours is elsewhere, or if the tower does not have the size of Florence-2-large."
+            f"change it if that code is elsewhere, or if the tower is not of the size of Florence-2-large."
         )
         write_tensors(directory, checkpoint.tensors, max_shard_size)
         for name, content in checkpoint.files.items():
@@ -290,19 +285,24 @@ def _original_tensors(config: FlorenceVLConfig, stored: dict[str, LazyTensor], n
             )
         tensor = tensor.with_rows(num_rows) if name in EMBEDDING_TABLES else tensor
         for original in to_original(name):
-            if not original.alias:
+            if original.name is not None and not original.alias:
                 tensors[original.name] = tensor.transposed() if original.transposed else tensor
+                # Under a second name it is a copy: safetensors does not write tensors that share memory.
+                tensor = replace(tensor, load=partial(_load_copy, tensor), load_rows=None)
     return tensors
 
 
-def _decoder_tensors(
-    bart: PreTrainedConfig, tower: dict[str, LazyTensor], dtype: torch.dtype
-) -> dict[str, LazyTensor]:
+def _load_copy(tensor: LazyTensor) -> torch.Tensor:
+    return tensor.load().clone()
+
+
+def _decoder_tensors(bart: BartConfig, tower: dict[str, LazyTensor], dtype: torch.dtype) -> dict[str, LazyTensor]:
     """Return a Florence-2's tensors that only its decoder uses, and its head, by the original's names."""
     with torch.device("meta"):
         decoder = BartForConditionalGeneration(bart)
     shapes = {f"language_model.{name}": tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
-    shapes = {name: shape for name, shape in shapes.items() if to_converted(ORIGINAL_TOWER + name).name is None}
+    converted = {name: to_converted(ORIGINAL_TOWER + name) for name in shapes}
+    shapes = {name: shape for name, shape in shapes.items() if (mapped := converted[name]) and mapped.name is None}
     # Transformers' own Florence-2 does not store `final_logits_bias`, which is zero.
     check_all_paired([], [name for name in shapes if name not in tower and ".decoder." in name])
     shapes["language_model.lm_head.weight"] = (bart.vocab_size, bart.d_model)
