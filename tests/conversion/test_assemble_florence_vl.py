@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import ByteLevelBPETokenizer
 from torch.testing import assert_close
 from transformers import (
@@ -31,6 +31,7 @@ from florence_vl_hf.conversion.original_config import AssumptionKind
 from florence_vl_hf.modeling.configuration_florence_vl import DEFAULT_PROMPT_TOKEN_IDS
 
 from ..conftest import FIXTURES, status, tiny_config
+from .conftest import all_tensors
 
 
 FIRST_RELEASE = FIXTURES / "phi-small" / "checkpoint" / "vision_tower"
@@ -73,11 +74,6 @@ def save_llm(directory: Path, name: str, **tokens: str) -> Path:
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
-
-
-def stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    files = sorted(directory.glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def save_tower_tokenizer(directory: Path) -> BartTokenizer:
@@ -143,7 +139,7 @@ class TestLanguageModel:
         named = len(own)
         assert_close(model(**inputs).logits[..., :named], expected(input_ids=inputs["input_ids"]).logits[..., :named])
         assert model.config.tie_word_embeddings == LANGUAGE_MODELS[name][1].get("tie_word_embeddings", False)
-        assert ("lm_head.weight" in stored_tensors(tmp_path / "out")) != model.config.tie_word_embeddings
+        assert ("lm_head.weight" in all_tensors(tmp_path / "out")) != model.config.tie_word_embeddings
         assert processor.image_token_id not in own.get_vocab().values()
         assert model.config.text_config.pad_token_id == processor.tokenizer.pad_token_id is not None
 
@@ -203,7 +199,7 @@ class TestTower:
         assemble(first_release, llama, tmp_path / "out")
         model, _ = load(tmp_path / "out")
         assert (model.config.image_size, model.config.num_image_tokens) == (160, 26)
-        original = stored_tensors(first_release)
+        original = all_tensors(first_release)
         ours, num_compared = model.state_dict(), 0
         for name, tensor in original.items():
             mapped = to_converted("model.vision_tower.vision_tower." + name)
@@ -217,7 +213,7 @@ class TestTower:
         tensors = {name: tensor.load() for name, tensor in read_tower_tensors(native).items()}
         layouts = {
             "first": tensors,
-            "older": {name.removeprefix("model."): tensor for name, tensor in stored_tensors(native).items()},
+            "older": {name.removeprefix("model."): tensor for name, tensor in all_tensors(native).items()},
         }
         for name, layout in layouts.items():
             directory = tmp_path / name
@@ -228,14 +224,12 @@ class TestTower:
             assemble(directory, llama, tmp_path / f"{name}-out")
         assemble(native, llama, tmp_path / "native-out")
         for name in layouts:
-            assert_close(
-                stored_tensors(tmp_path / f"{name}-out"), stored_tensors(tmp_path / "native-out"), rtol=0, atol=0
-            )
+            assert_close(all_tensors(tmp_path / f"{name}-out"), all_tensors(tmp_path / "native-out"), rtol=0, atol=0)
 
     def test_layouts_are_not_confused(self, native, first_release):
-        firsts = [to_first_release(name) for name in stored_tensors(native)]
+        firsts = [to_first_release(name) for name in all_tensors(native)]
         assert None not in firsts and len({first.name for first in firsts}) == len(firsts)
-        for name in stored_tensors(first_release):
+        for name in all_tensors(first_release):
             assert to_first_release(name) in (None, MappedName(name, transposed=False))
 
     def test_image_settings_in_processor_config(self, native, llama, tmp_path):
@@ -252,7 +246,7 @@ class TestNewModel:
     def test_is_reproducible_and_projector_layers_differ(self, native, llama, tmp_path):
         for name in ("one", "two"):
             assemble(native, llama, tmp_path / name)
-        one, two = stored_tensors(tmp_path / "one"), stored_tensors(tmp_path / "two")
+        one, two = all_tensors(tmp_path / "one"), all_tensors(tmp_path / "two")
         assert one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
         layers = [one[f"model.multi_modal_projector.layers.{i}.weight"] for i in range(3)]
         assert not layers[1].equal(layers[2])
@@ -262,7 +256,7 @@ class TestNewModel:
 
     def test_dtype(self, native, first_release, llama, tmp_path):
         checkpoint = assemble(native, llama, tmp_path / "out", dtype=torch.bfloat16)
-        assert {tensor.dtype for tensor in stored_tensors(tmp_path / "out").values()} == {torch.bfloat16}
+        assert {tensor.dtype for tensor in all_tensors(tmp_path / "out").values()} == {torch.bfloat16}
         assert checkpoint.config.dtype == torch.bfloat16
         by_default = assemble(first_release, llama, tmp_path / "by_default")
         assert {tensor.dtype for tensor in by_default.tensors.values()} == {torch.float32}

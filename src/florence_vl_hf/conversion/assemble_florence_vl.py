@@ -3,6 +3,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import (
@@ -41,7 +42,7 @@ def assemble(
     vision_tower: str | Path,
     llm: str | Path,
     output: str | Path,
-    fusion_strategy: str = "channel",
+    fusion_strategy: Literal["channel", "token", "average"] = "channel",
     fusion_features: list[str] | None = None,
     prompts: dict[str, str] | None = None,
     image_feature_source: list[str] | None = None,
