@@ -1,6 +1,7 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """The script that records the original, run on a stand-in with the original's modules and ways of being called."""
 
+import ast
 import importlib.util
 import json
 import sys
@@ -202,3 +203,13 @@ def test_images_are_preprocessed_as_in_training(image_aspect_ratio, expected, sc
     config = SimpleNamespace(image_aspect_ratio=image_aspect_ratio)
     pixel_values = script.preprocess(object(), image_processor, config)
     assert_close(pixel_values, torch.full((3, 8, 8), expected))
+
+
+def test_runs_without_this_package_on_python_3_10():
+    tree = ast.parse(RECORD_SCRIPT.read_text(encoding="utf-8"), feature_version=(3, 10))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module or "" for node in imports if isinstance(node, ast.ImportFrom)}
+    assert all(not isinstance(node, ast.ImportFrom) or node.level == 0 for node in imports)
+    packages = {module.split(".")[0] for module in modules} - sys.stdlib_module_names
+    assert packages == {"PIL", "llava", "safetensors", "torch", "transformers"}
