@@ -102,20 +102,15 @@ def _load_padded(tensor: LazyTensor, num_rows: int) -> torch.Tensor:
     if tensor.load_rows is None:
         padded[:stored_rows] = tensor.load()
         return padded
-    rows_per_chunk = max(1, CHUNK_SIZE * stored_rows // max(1, tensor.num_bytes))
-    for start in range(0, stored_rows, rows_per_chunk):
-        stop = min(start + rows_per_chunk, stored_rows)
+    chunk = max(1, CHUNK_SIZE * stored_rows // max(1, tensor.num_bytes))
+    for start in range(0, stored_rows, chunk):
+        stop = min(start + chunk, stored_rows)
         padded[start:stop] = tensor.load_rows(start, stop)
     return padded
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """
-    Read a JSON object.
-
-    Raises:
-        CheckpointError: If the file is missing, damaged or holds something else.
-    """
+    """Read a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -128,15 +123,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(directory: Path) -> dict[str, LazyTensor]:
-    """
-    List the tensors of a checkpoint by name, without reading their values. No pickle is executed.
-
-    Returns:
-        `dict[str, LazyTensor]`: Empty if the directory holds no weights.
-
-    Raises:
-        CheckpointError: If a shard is missing, damaged, outside of the directory, or does not match the index.
-    """
+    """List the tensors of a checkpoint by name, none if it has no weights. No pickle is executed."""
     file_name = next((name for name in WEIGHT_FILES if (directory / name).exists()), None)
     if file_name is None:
         return {}
@@ -167,42 +154,38 @@ def read_tensor_file(path: Path) -> dict[str, LazyTensor]:
 
 
 def _read_safetensors_file(path: Path) -> dict[str, LazyTensor]:
-    tensors = {}
+    def load(name: str, *rows: int) -> torch.Tensor:
+        # Reopened each time: pages of the mapped file count as memory until the last of its tensors is dropped.
+        with safe_open(path, framework="pt") as file:
+            return file.get_slice(name)[slice(*rows)] if rows else file.get_tensor(name)
+
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                piece = file.get_slice(name)
-                dtype, shape = SAFETENSORS_DTYPES[piece.get_dtype()], tuple(piece.get_shape())
-                load = partial(_load_safetensors, path, name)
-                load_rows = partial(_load_safetensors_rows, path, name)
-                tensors[name] = LazyTensor(name, path, dtype, shape, load, load_rows)
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            return {
+                name: LazyTensor(
+                    name,
+                    path,
+                    SAFETENSORS_DTYPES[piece.get_dtype()],
+                    tuple(piece.get_shape()),
+                    partial(load, name),
+                    partial(load, name),
+                )
+                for name, piece in slices.items()
+            }
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path.name} is damaged or incomplete ({error}); download it again.") from error
-    return tensors
-
-
-def _load_safetensors(path: Path, name: str) -> torch.Tensor:
-    # Reopened for each tensor: pages of the mapped file count as memory until the last of its tensors is dropped.
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
-
-
-def _load_safetensors_rows(path: Path, name: str, start: int, stop: int) -> torch.Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_slice(name)[start:stop]
 
 
 def _read_pytorch_file(path: Path) -> dict[str, LazyTensor]:
     file = _PyTorchFile(path)
-    not_tensors = [name for name, value in file.state_dict.items() if not isinstance(value, torch.Tensor)]
-    if not_tensors:
-        raise CheckpointError(f"{path.name} holds {not_tensors[0]!r}, which is no tensor; give the model's weights.")
-    return {
-        name: LazyTensor(
-            name, path, tensor.dtype, tuple(tensor.shape), partial(file.load, name), partial(file.load, name)
-        )
-        for name, tensor in file.state_dict.items()
-    }
+    tensors = {}
+    for name, tensor in file.state_dict.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{path.name} holds {name!r}, which is no tensor; give the model's weights.")
+        load = partial(file.load, name)
+        tensors[name] = LazyTensor(name, path, tensor.dtype, tuple(tensor.shape), load, load)
+    return tensors
 
 
 class _PyTorchFile:
@@ -213,11 +196,10 @@ class _PyTorchFile:
         self.state_dict = _open_pytorch_file(path)
         self.num_bytes_read = 0
 
-    def load(self, name: str, start: int | None = None, stop: int | None = None) -> torch.Tensor:
+    def load(self, name: str, *rows: int) -> torch.Tensor:
         if self.num_bytes_read > REOPEN_AFTER:
             self.state_dict, self.num_bytes_read = _open_pytorch_file(self.path), 0
-        tensor = self.state_dict[name]
-        tensor = tensor if start is None else tensor[start:stop]
+        tensor = self.state_dict[name][slice(*rows)] if rows else self.state_dict[name]
         self.num_bytes_read += tensor.nbytes
         return tensor
 
@@ -242,17 +224,7 @@ def _open_pytorch_file(path: Path) -> dict[str, torch.Tensor]:
 def resolve_checkpoint(
     path_or_id: str | Path, allow_patterns: tuple[str, ...] = CHECKPOINT_FILES, **hub_kwargs: Any
 ) -> Path:
-    """
-    Return a local directory as it is, or download a Hub repository.
-
-    Args:
-        path_or_id (`str` or `Path`): Directory or Hub id.
-        allow_patterns (`tuple[str, ...]`, *optional*): Files of the repository to download.
-        hub_kwargs: Passed to `huggingface_hub.snapshot_download`, such as `revision`.
-
-    Raises:
-        CheckpointError: If it is neither, or cannot be downloaded.
-    """
+    """Return a local directory as it is, or download a Hub repository. `hub_kwargs` are of `snapshot_download`."""
     if not str(path_or_id).strip():
         raise CheckpointError("Got an empty path; give a directory or the id of a Hub repository.")
     directory = Path(path_or_id)
@@ -272,7 +244,7 @@ def resolve_checkpoint(
 @contextmanager
 def output_directory(output: Path) -> Iterator[Path]:
     """
-    Yield a temporary directory next to `output`, which is moved there when the block succeeds and removed otherwise.
+    Yield a temporary directory, which becomes `output` when the block succeeds and is removed otherwise.
 
     Raises:
         CheckpointError: If `output` exists and is not an empty directory. Nothing is ever overwritten.
@@ -288,19 +260,14 @@ def output_directory(output: Path) -> Iterator[Path]:
     for leftover in output.parent.glob(f"{glob.escape(prefix)}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     incomplete = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
+    os.umask(umask := os.umask(0))  # can only be read by setting it
     try:
         yield incomplete
-        incomplete.chmod(0o777 & ~_umask())
+        incomplete.chmod(0o777 & ~umask)
         os.replace(incomplete, output)
     except BaseException:
         shutil.rmtree(incomplete, ignore_errors=True)
         raise
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def write_tensors(directory: Path, tensors: dict[str, LazyTensor], max_shard_size: int | str) -> None:
@@ -309,12 +276,8 @@ def write_tensors(directory: Path, tensors: dict[str, LazyTensor], max_shard_siz
 
     Args:
         directory (`Path`): Existing directory.
-        tensors (`dict[str, LazyTensor]`): Tensors by the names that they are given there, in order.
-        max_shard_size (`int` or `str`): Maximum size of a file, in bytes or as `"1GB"`. A larger tensor gets a file of
-            its own.
-
-    Raises:
-        CheckpointError: If the disk has too little space, or a tensor is not what was announced.
+        tensors (`dict[str, LazyTensor]`): Tensors by their new names, in order.
+        max_shard_size (`int` or `str`): Maximum size of a file, in bytes or as `"1GB"`. A larger tensor gets its own.
     """
     num_bytes = sum(tensor.num_bytes for tensor in tensors.values())
     required, free = num_bytes + SMALL_FILES_SIZE, shutil.disk_usage(directory).free

@@ -68,6 +68,3 @@ def convert(
         read_from = {source_directory: source, base_directory: base, tower_directory: vision_tower}
         write_model_card(directory, checkpoint, source, output.name, read_from, base)
     return checkpoint
-
-
-__all__ = ["TOWER_CONFIG_FILES", "convert"]

@@ -145,6 +145,3 @@ def _pop_config_fields(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _with_overrides(config: FlorenceVLConfig, overrides: dict[str, Any]) -> FlorenceVLConfig:
     # Built anew, since fields are checked and derived from each other.
     return FlorenceVLConfig.from_dict(config.to_dict() | overrides) if overrides else config
-
-
-__all__ = ["HUB_ARGUMENTS", "is_original", "load_original", "load_pretrained"]

@@ -132,6 +132,3 @@ def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise CheckpointError(f"{LORA_CONFIG} has lora_alpha {alpha!r} for {module}, expected a number.")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-__all__ = ["apply_adapter", "is_adapter"]

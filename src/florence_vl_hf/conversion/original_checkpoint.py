@@ -34,29 +34,16 @@ SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilo
 
 @dataclass
 class ConvertedCheckpoint:
-    """
-    A model in this package's layout, with everything that is saved.
-
-    Args:
-        config (`FlorenceVLConfig`): Configuration.
-        processor (`FlorenceVLProcessor`): Processor.
-        generation_config (`GenerationConfig`): Generation settings.
-        tensors (`dict[str, LazyTensor]`): Weights by this package's names.
-        assumptions (`list[Assumption]`): What the checkpoint does not say.
-        unused (`list[str]`): Names of stored tensors that the model does not use.
-        chat_template (`str`, *optional*): One of `CHAT_TEMPLATES`; `None` for the one of an adapter's base.
-        num_added_rows (`int`, *optional*, defaults to 0): Rows of zeros that were added to the embedding tables.
-        cast_to (`torch.dtype`, *optional*): Dtype that weights were cast to.
-    """
+    """A model in this package's layout, with everything that is saved."""
 
     config: FlorenceVLConfig
     processor: FlorenceVLProcessor
     generation_config: GenerationConfig
-    tensors: dict[str, LazyTensor]
+    tensors: dict[str, LazyTensor]  # by this package's names
     assumptions: list[Assumption]
-    unused: list[str]
-    chat_template: str | None
-    num_added_rows: int = 0
+    unused: list[str]  # names of stored tensors
+    chat_template: str | None  # one of `CHAT_TEMPLATES`; `None` for the one of an adapter's base
+    num_added_rows: int = 0  # rows of zeros at the end of the embedding tables
     cast_to: torch.dtype | None = None
 
     @property
@@ -96,41 +83,40 @@ def read_original(
     Raises:
         CheckpointError: If anything is missing, unexpected, misshapen or damaged. The message names file and tensor.
     """
-    if base is None:
-        return _read_original_model(source, vision_tower, image_feature_source, dtype, chat_template)
-    if not is_adapter(source) or read_tensors(source):
-        raise CheckpointError(f"{source} is not a projector or LoRA checkpoint; convert it without --base.")
-    if read_json(base / "config.json").get("model_type") == FlorenceVLConfig.model_type:
-        checkpoint = _read_converted_model(base, dtype)
-    else:
-        checkpoint = _read_original_model(base, vision_tower, image_feature_source, dtype, chat_template)
-    checkpoint.tensors = apply_adapter(checkpoint.tensors, source)
-    return checkpoint
+    if base is not None:
+        if not is_adapter(source) or read_tensors(source):
+            raise CheckpointError(f"{source} is not a projector or LoRA checkpoint; convert it without --base.")
+        if read_json(base / "config.json").get("model_type") == FlorenceVLConfig.model_type:
+            checkpoint = _read_converted(base, dtype)
+        else:
+            checkpoint = read_original(
+                base,
+                vision_tower=vision_tower,
+                image_feature_source=image_feature_source,
+                dtype=dtype,
+                chat_template=chat_template,
+            )
+        checkpoint.tensors = apply_adapter(checkpoint.tensors, source)
+        return checkpoint
 
-
-def _read_original_model(
-    source: Path,
-    vision_tower: Path | None,
-    image_feature_source: list[str] | None,
-    dtype: torch.dtype | None,
-    chat_template: str | None,
-) -> ConvertedCheckpoint:
     stored = read_tensors(source)
     if not stored and is_adapter(source):
         raise CheckpointError(f"{source} holds only an adapter; give its base model as --base.")
     original = read_json(source / "config.json")
-    has_davit = any(name.startswith(f"{ORIGINAL_TOWER}vision_tower.blocks.") for name in stored)
+    tower_tensors = {
+        name.removeprefix(ORIGINAL_TOWER): tensor for name, tensor in stored.items() if name.startswith(ORIGINAL_TOWER)
+    }
+    has_davit = any(name.startswith("vision_tower.blocks.") for name in tower_tensors)
     check_is_florence_vl(original, has_davit, source)
     if not stored:
         raise CheckpointError(f"{source} holds no weights; download its model-*.safetensors or pytorch_model-*.bin.")
     if vision_tower is None and (source / TOWER_DIRECTORY / "config.json").is_file():
         vision_tower = source / TOWER_DIRECTORY
     if vision_tower is None:
-        in_tower = {name.removeprefix(ORIGINAL_TOWER): tensor for name, tensor in stored.items()}
-        tower = tower_settings_from_tensors(in_tower, image_feature_source)
+        tower = tower_settings_from_tensors(tower_tensors, image_feature_source)
     else:
         tower = tower_settings_from_directory(vision_tower, image_feature_source)
-        if not any(name.startswith(ORIGINAL_TOWER) for name in stored):
+        if not tower_tensors:
             stored |= {ORIGINAL_TOWER + name: tensor for name, tensor in read_tower_tensors(vision_tower).items()}
 
     tokenizer = load_original_tokenizer(source)
@@ -153,7 +139,7 @@ def _read_original_model(
         raise CheckpointError(f"The configuration of {source} contradicts itself: {error}") from error
     tensors, unused = convert_tensors(config, stored, num_original_rows, dtype)
     config.dtype = tensors[EMBEDDING_TABLES[0]].dtype
-    do_pad = original.get("image_aspect_ratio") == "pad"
+    do_pad = original.get("image_aspect_ratio") == "pad"  # after finetuning only
     return ConvertedCheckpoint(
         config=config,
         processor=build_processor(tower, tokenizer, config.num_image_tokens, do_pad, chat_template),
@@ -167,7 +153,7 @@ def _read_original_model(
     )
 
 
-def _read_converted_model(directory: Path, dtype: torch.dtype | None) -> ConvertedCheckpoint:
+def _read_converted(directory: Path, dtype: torch.dtype | None) -> ConvertedCheckpoint:
     """Read a model in this package's layout, as the base of an adapter."""
     config = FlorenceVLConfig.from_pretrained(directory)
     tensors, shapes = read_tensors(directory), tensor_shapes(config)
@@ -215,11 +201,7 @@ def convert_tensors(
         dtype (`torch.dtype`, *optional*): Dtype of the weights. By default each tensor keeps its own.
 
     Returns:
-        `tuple[dict[str, LazyTensor], list[str]]`: The model's tensors, in its order, and the names that it leaves
-        unused.
-
-    Raises:
-        CheckpointError: If a tensor is missing, unknown or misshapen.
+        `tuple[dict[str, LazyTensor], list[str]]`: The model's tensors in its order, and the names of unused ones.
     """
     shapes = tensor_shapes(config)
     sources: dict[str, tuple[str, bool]] = {}  # original name and whether it is transposed, by converted name
@@ -280,14 +262,7 @@ def _some(names: list[str], limit: int = 5) -> str:
 
 
 def read_generation_config(source: Path, config: FlorenceVLConfig, num_original_rows: int) -> GenerationConfig:
-    """
-    Return the generation settings of a checkpoint, for a model with added rows in its embedding tables.
-
-    Args:
-        source (`Path`): Directory of the checkpoint.
-        config (`FlorenceVLConfig`): Configuration of the model.
-        num_original_rows (`int`): Rows of the checkpoint's embedding tables.
-    """
+    """Return the generation settings of a checkpoint, for a model with added rows in its embedding tables."""
     path = source / "generation_config.json"
     settings: dict[str, Any] = read_json(path) if path.is_file() else {}
     # Older versions of Transformers save flags that have no effect, newer ones refuse to.
@@ -300,16 +275,3 @@ def read_generation_config(source: Path, config: FlorenceVLConfig, num_original_
     # Rows that were added to reach a multiple of 64 are no tokens. The model itself suppresses `<image>`.
     generation_config.suppress_tokens = list(range(num_original_rows, config.text_config.vocab_size)) or None
     return generation_config
-
-
-__all__ = [
-    "EMBEDDING_TABLES",
-    "TOWER_DIRECTORY",
-    "ConvertedCheckpoint",
-    "check_all_paired",
-    "convert_tensors",
-    "read_generation_config",
-    "read_original",
-    "read_tower_tensors",
-    "tensor_shapes",
-]

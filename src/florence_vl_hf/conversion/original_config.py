@@ -37,17 +37,9 @@ ROPE_TYPE_FIELDS = {"llama": "rope_type", "phi3": "type"}
 DAVIT_FIELDS = {"dim_embed": "embed_dim"} | {
     name: name
     for name in (
-        "depths",
-        "patch_size",
-        "patch_stride",
-        "patch_padding",
-        "patch_prenorm",
-        "num_heads",
-        "num_groups",
-        "window_size",
-        "drop_path_rate",
-        "projection_dim",
-    )
+        "depths patch_size patch_stride patch_padding patch_prenorm num_heads num_groups window_size drop_path_rate "
+        "projection_dim"
+    ).split()
 }
 # The only types that Florence-2's first release implements.
 TEMPORAL_EMBEDDING, POSITION_EMBEDDING = "COSINE", "learned_abs_2d"
@@ -72,30 +64,16 @@ class AssumptionKind(Enum):
 
 @dataclass(frozen=True)
 class Assumption:
-    """
-    A value that was assumed.
-
-    Args:
-        kind (`AssumptionKind`): What is missing.
-        directory (`Path`, *optional*): Directory of the vision tower that lacks it, if there is one.
-        tower (`Florence2Config`, *optional*): For `TOWER_CONFIG`, the configuration that was inferred.
-        token (`str`, *optional*): For `PADDING_TOKEN`, the token that is used.
-    """
+    """A value that was assumed."""
 
     kind: AssumptionKind
-    directory: Path | None = None
-    tower: Florence2Config | None = None
-    token: str | None = None
+    directory: Path | None = None  # of the vision tower that lacks it, if there is one
+    tower: Florence2Config | None = None  # inferred, for `TOWER_CONFIG`
+    token: str | None = None  # used, for `PADDING_TOKEN`
 
 
 def describe_assumption(assumption: Assumption, display_name: Callable[[Path], str] = str) -> str:
-    """
-    Render an assumption as a sentence.
-
-    Args:
-        assumption (`Assumption`): What was assumed.
-        display_name (`Callable`, *optional*): Returns what to call a directory. By default, its path.
-    """
+    """Render an assumption as a sentence, in which directories are called as `display_name` says."""
     directory = assumption.directory and display_name(assumption.directory)
     image_size = f"{PUBLIC_IMAGE_SIZE} x {PUBLIC_IMAGE_SIZE}"
     if assumption.kind is AssumptionKind.PADDING_TOKEN:
@@ -131,17 +109,7 @@ class TowerSettings:
 
 
 def check_is_florence_vl(original: dict[str, Any], has_davit: bool, source: Path) -> None:
-    """
-    Refuse what is not a Florence-VL: LLaVA's own checkpoints share its model types.
-
-    Args:
-        original (`dict[str, Any]`): The `config.json`.
-        has_davit (`bool`): Whether the checkpoint's weights include a DaViT.
-        source (`Path`): Directory of the checkpoint.
-
-    Raises:
-        CheckpointError: If `original` is not the configuration of an original Florence-VL.
-    """
+    """Refuse a `config.json` that is not an original Florence-VL's: LLaVA's own checkpoints share its model types."""
     model_type = original.get("model_type")
     if model_type == FlorenceVLConfig.model_type:
         raise CheckpointError(f"{source} is in this package's layout already; load it as it is.")
@@ -179,13 +147,7 @@ def own_fields(config_class: type[PreTrainedConfig]) -> list[str]:
 
 
 def tower_settings_from_directory(directory: Path, image_feature_source: list[str] | None = None) -> TowerSettings:
-    """
-    Read the settings of a Florence-2, in the layout of its first release or of Transformers.
-
-    Args:
-        directory (`Path`): Directory of the Florence-2.
-        image_feature_source (`list[str]`, *optional*): Overrides the configuration's.
-    """
+    """Read the settings of a Florence-2, in the layout of its first release or of Transformers."""
     path = directory / "config.json"
     raw = read_json(path)
     davit, bart = raw.get("vision_config"), raw.get("text_config")
@@ -248,19 +210,11 @@ def _read_image_settings(directory: Path, settings: TowerSettings) -> None:
 def tower_settings_from_tensors(
     tensors: dict[str, LazyTensor], image_feature_source: list[str] | None = None
 ) -> TowerSettings:
-    """
-    Infer the settings of a Florence-2 from the shapes of its tensors, and assume the rest as in public Florence-2.
-
-    Args:
-        tensors (`dict[str, LazyTensor]`): Tensors by their names in Florence-2's first release.
-        image_feature_source (`list[str]`, *optional*): Overrides the public Florence-2's.
-    """
+    """Infer the settings of a Florence-2 from its tensors, with first-release names, and assume the rest."""
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in tensors:
-            raise CheckpointError(
-                f"The vision tower lacks the tensor {name}, so its size cannot be inferred; download it again."
-            )
+            raise CheckpointError(f"The vision tower lacks {name}, so its size cannot be inferred; download it again.")
         return tensors[name].shape
 
     def count(pattern: str) -> int:
@@ -315,12 +269,7 @@ def _num_heads(width: int, head_dim: int) -> int:
 
 
 def text_config_to_original(config: PreTrainedConfig) -> tuple[dict[str, Any], list[str]]:
-    """
-    Return the language model's part of an original `config.json`, as Transformers 4.43 reads it.
-
-    Returns:
-        `tuple[dict, list[str]]`: The fields, and what of the configuration they cannot express.
-    """
+    """Return the original `config.json` of a language model (Transformers 4.43), and what it cannot express."""
     if config.model_type not in ORIGINAL_MODEL_TYPES:
         return {}, [f"a language model of type {config.model_type!r} (only {', '.join(ORIGINAL_MODEL_TYPES)})"]
     settings = {name: getattr(config, name) for name in own_fields(type(config))}
@@ -349,12 +298,7 @@ def text_config_to_original(config: PreTrainedConfig) -> tuple[dict[str, Any], l
 
 
 def tower_config_to_first_release(config: FlorenceVLConfig) -> tuple[dict[str, Any], list[str]]:
-    """
-    Return the `config.json` of a model's Florence-2, in the form of its first release.
-
-    Returns:
-        `tuple[dict, list[str]]`: The configuration, and what of the model's it cannot express.
-    """
+    """Return the `config.json` of a model's Florence-2 in its first release, and what it cannot express."""
     davit, bart = config.vision_config.vision_config, config.vision_config.text_config
     vision_config = {theirs: getattr(davit, ours) for theirs, ours in DAVIT_FIELDS.items()} | {
         "model_type": "davit",
@@ -386,21 +330,3 @@ def tower_config_to_first_release(config: FlorenceVLConfig) -> tuple[dict[str, A
         "ignore_index": -100,
         "is_encoder_decoder": True,
     }, inexpressible
-
-
-__all__ = [
-    "ORIGINAL_MODEL_TYPES",
-    "TEXT_MODEL_TYPES",
-    "Assumption",
-    "AssumptionKind",
-    "TowerSettings",
-    "check_is_florence_vl",
-    "describe_assumption",
-    "is_first_release",
-    "own_fields",
-    "text_config_from_original",
-    "text_config_to_original",
-    "tower_config_to_first_release",
-    "tower_settings_from_directory",
-    "tower_settings_from_tensors",
-]

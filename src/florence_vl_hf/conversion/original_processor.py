@@ -22,28 +22,12 @@ UNUSED_ROW = "<|unused_row_{}|>"
 # The vocabulary size is rounded up to a multiple of this, which matrix kernels prefer.
 ROW_MULTIPLE = 64
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+TOKENIZER_FILES += ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def load_original_tokenizer(directory: Path, tokenizer_class: type = AutoTokenizer) -> PreTrainedTokenizerBase:
-    """
-    Load the tokenizer of an original checkpoint, of a language model or of a vision tower.
-
-    Args:
-        directory (`Path`): Directory of the tokenizer's files.
-        tokenizer_class (`type`, *optional*, defaults to `AutoTokenizer`): Class that loads them.
-
-    Raises:
-        CheckpointError: If the directory holds no tokenizer, or a damaged one.
-    """
+    """Load the tokenizer of an original checkpoint, of a language model or of a vision tower."""
     files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     if not any(file.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for file in files):
         raise CheckpointError(f"{directory} has no tokenizer.json and no tokenizer.model; download them too.")
@@ -116,16 +100,7 @@ def build_processor(
     do_pad: bool,
     chat_template: str,
 ) -> FlorenceVLProcessor:
-    """
-    Build a processor from a tower's image settings and a tokenizer that has `<image>`.
-
-    Args:
-        tower (`TowerSettings`): Settings of the vision tower.
-        tokenizer (`PreTrainedTokenizerBase`): The language model's tokenizer.
-        num_image_tokens (`int`): Tokens per image.
-        do_pad (`bool`): Whether images are padded to squares before they are resized.
-        chat_template (`str`): One of `CHAT_TEMPLATES`.
-    """
+    """Build a processor from a tower's image settings and a tokenizer that has `<image>`."""
     size = {"height": tower.image_size, "width": tower.image_size}
     return FlorenceVLProcessor(
         image_processor=LlavaImageProcessorPil(
@@ -149,15 +124,3 @@ def detect_chat_template(model_type: str, tokenizer: PreTrainedTokenizerBase) ->
     if model_type.startswith("llava_phi") or "<|user|>" in vocabulary:
         return "phi3"
     return "llama3" if "<|start_header_id|>" in vocabulary else "vicuna"
-
-
-__all__ = [
-    "IMAGE_TOKEN",
-    "LLAVA_ROLES",
-    "TOKENIZER_FILES",
-    "UNUSED_ROW",
-    "add_image_token",
-    "build_processor",
-    "detect_chat_template",
-    "load_original_tokenizer",
-]
