@@ -187,7 +187,7 @@ class TestIncomplete:
     def test_shard_cut_short(self, folder, hub):
         shard = next(folder.glob("model-00002-of-*"))
         shard.write_bytes(shard.read_bytes()[:-1000])
-        self.refuse(folder, hub, "damaged or cut short")
+        self.refuse(folder, hub, "damaged or incomplete")
 
     def test_pickles(self, folder, hub):
         tensors = {name: t for shard in folder.glob("model-*") for name, t in load_file(shard).items()}
