@@ -159,22 +159,19 @@ def _read_safetensors_file(path: Path) -> dict[str, LazyTensor]:
         with safe_open(path, framework="pt") as file:
             return file.get_slice(name)[slice(*rows)] if rows else file.get_tensor(name)
 
+    tensors = {}
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            return {
-                name: LazyTensor(
-                    name,
-                    path,
-                    SAFETENSORS_DTYPES[piece.get_dtype()],
-                    tuple(piece.get_shape()),
-                    partial(load, name),
-                    partial(load, name),
-                )
-                for name, piece in slices.items()
-            }
+            for name in file.keys():
+                piece = file.get_slice(name)
+                dtype = SAFETENSORS_DTYPES.get(piece.get_dtype())
+                if dtype is None:
+                    raise CheckpointError(f"{name} in {path.name} has the unsupported dtype {piece.get_dtype()}.")
+                read = partial(load, name)
+                tensors[name] = LazyTensor(name, path, dtype, tuple(piece.get_shape()), read, read)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path.name} is damaged or incomplete ({error}); download it again.") from error
+    return tensors
 
 
 def _read_pytorch_file(path: Path) -> dict[str, LazyTensor]:

@@ -65,6 +65,8 @@ def convert(
         for assumption in checkpoint.assumptions:
             logger.warning(describe_assumption(assumption))
         checkpoint.save(directory, max_shard_size)
-        read_from = {source_directory: source, base_directory: base, tower_directory: vision_tower}
+        read_from = {source_directory: source}
+        read_from |= {base_directory: base} if base_directory and base else {}
+        read_from |= {tower_directory: vision_tower} if tower_directory and vision_tower else {}
         write_model_card(directory, checkpoint, source, output.name, read_from, base)
     return checkpoint

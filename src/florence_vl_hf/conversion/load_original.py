@@ -104,7 +104,7 @@ def load_pretrained(
 
     Arguments and return values are those of `load_original`.
     """
-    of_original = {
+    of_original: dict[str, Any] = {
         "vision_tower": vision_tower,
         "image_feature_source": image_feature_source,
         "chat_template": chat_template,
@@ -112,7 +112,7 @@ def load_pretrained(
     hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     if is_original(path_or_id, **hub_kwargs):
         return load_original(path_or_id, **of_original, **kwargs)
-    adapter_config = find_adapter_config_file(path_or_id, **hub_kwargs)
+    adapter_config = find_adapter_config_file(str(path_or_id), **hub_kwargs)
     base = adapter_config and read_json(Path(adapter_config)).get("base_model_name_or_path")
     if base and is_original(base):
         loaded, _ = load_original(base, **of_original, **kwargs)

@@ -132,8 +132,7 @@ def write_model_card(
     published = PublishedCheckpoint.of(hub_id) if hub_id and base is None else None
     assumptions = [describe_assumption(assumption) for assumption in plan.assumptions]
     for place, stands_for in read_from.items():
-        if place is not None:
-            assumptions = [assumed.replace(str(place), _public_name(stands_for)) for assumed in assumptions]
+        assumptions = [assumed.replace(str(place), _public_name(stands_for)) for assumed in assumptions]
     write_card(
         folder,
         "converted.md.jinja",

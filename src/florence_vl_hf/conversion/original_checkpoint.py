@@ -214,7 +214,7 @@ def convert_tensors(
             sources.setdefault(mapped.name, (name, mapped.transposed))
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
-    check_all_paired(unknown, [to_original(name)[0].name for name in shapes if name not in sources])
+    check_all_paired(unknown, [to_original(name)[0].name or name for name in shapes if name not in sources])
 
     tensors = {}
     for name, shape in shapes.items():

@@ -76,23 +76,23 @@ def describe_assumption(assumption: Assumption, display_name: Callable[[Path], s
     """Render an assumption as a sentence, in which directories are called as `display_name` says."""
     directory = assumption.directory and display_name(assumption.directory)
     image_size = f"{PUBLIC_IMAGE_SIZE} x {PUBLIC_IMAGE_SIZE}"
+    if assumption.tower is not None:
+        davit, bart = (assumption.tower.to_dict()[part] for part in ("vision_config", "text_config"))
+        return (
+            f"The vision tower has no config.json: its widths {davit['embed_dim']} and depths are inferred from the "
+            f"weights; assumed as in public Florence-2 are {PUBLIC_HEAD_DIM} channels per head (heads "
+            f"{davit['num_heads']}) in DaViT and {PUBLIC_ENCODER_HEAD_DIM} (heads {bart['encoder_attention_heads']}) "
+            f"in the encoder, windows of {davit['window_size']} and images of {image_size}. For any other tower, give "
+            f"its directory as --vision-tower."
+        )
     if assumption.kind is AssumptionKind.PADDING_TOKEN:
         return f"The tokenizer of the language model has no padding token: {assumption.token} is used."
     if assumption.kind is AssumptionKind.IMAGE_SIZE:
         return f"{directory} has no preprocessor_config.json: images of {image_size} are assumed, as in Florence-2."
-    if assumption.kind is AssumptionKind.IMAGE_FEATURE_SOURCE:
-        return (
-            f"{f'{directory} does not set' if directory else 'No file sets'} image_feature_source: assumed as in "
-            f"public Florence-2 is {','.join(PUBLIC_IMAGE_FEATURE_SOURCE)} (577 tokens for {image_size}; the paper "
-            f"counts 576). Override it with --image-feature-source."
-        )
-    davit, bart = assumption.tower.vision_config, assumption.tower.text_config
     return (
-        f"The vision tower has no config.json: its widths {list(davit.embed_dim)} and depths are inferred from the "
-        f"weights; assumed as in public Florence-2 are {PUBLIC_HEAD_DIM} channels per head (heads "
-        f"{list(davit.num_heads)}) in DaViT and {PUBLIC_ENCODER_HEAD_DIM} (heads {bart.encoder_attention_heads}) in "
-        f"the encoder, windows of {davit.window_size} and images of {image_size}. For any other tower, give its "
-        f"directory as --vision-tower."
+        f"{f'{directory} does not set' if directory else 'No file sets'} image_feature_source: assumed as in public "
+        f"Florence-2 is {','.join(PUBLIC_IMAGE_FEATURE_SOURCE)} (577 tokens for {image_size}; the paper counts 576). "
+        f"Override it with --image-feature-source."
     )
 
 

@@ -22,11 +22,15 @@ UNUSED_ROW = "<|unused_row_{}|>"
 # The vocabulary size is rounded up to a multiple of this, which matrix kernels prefer.
 ROW_MULTIPLE = 64
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-TOKENIZER_FILES += ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
 
 
-def load_original_tokenizer(directory: Path, tokenizer_class: type = AutoTokenizer) -> PreTrainedTokenizerBase:
+def load_original_tokenizer(
+    directory: Path, tokenizer_class: type[AutoTokenizer] | type[PreTrainedTokenizerBase] = AutoTokenizer
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of an original checkpoint, of a language model or of a vision tower."""
     files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     if not any(file.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for file in files):
