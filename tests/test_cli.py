@@ -33,11 +33,11 @@ class TestConvert:
     def test_says_what_it_had_to_assume(self, tmp_path):
         result = run("convert", LLAMA / "checkpoint", tmp_path / "out")
         assert result.returncode == 0
-        assert "There is no config.json of the vision tower" in result.stderr
+        assert "The vision tower has no config.json" in result.stderr
         assert "577 tokens" in result.stderr
 
     def test_from_the_hub_says_how_to_compare_with_the_original(self, tmp_path, monkeypatch, capfd):
-        downloaded = "florence_vl_hf.conversion.convert_florence_vl_to_hf.snapshot_download"
+        downloaded = "florence_vl_hf.conversion.checkpoint_files.snapshot_download"
         monkeypatch.setattr(downloaded, lambda *_, **__: str(LLAMA / "checkpoint"))
         output, arguments = tmp_path / "out", ["--vision-tower", LLAMA / "vision_tower"]
         assert status("convert", "jiuhai/florence-vl-8b-sft", output, *arguments) == 0
@@ -55,7 +55,7 @@ class TestConvert:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["nowhere"], "neither a folder nor the id"),
+            (["nowhere"], "neither a directory nor the id"),
             ([LLAMA / "checkpoint", "--chat-template", "chatml"], "choose one of llama3, phi3, plain, vicuna"),
             ([LLAMA / "checkpoint", "--image-feature-source", "mean"], "give at least one of"),
         ],
@@ -73,7 +73,7 @@ class TestConvert:
         assert status("convert") == 2
 
     def test_traceback_on_demand(self, tmp_path):
-        with pytest.raises(ValueError, match="neither a folder"):
+        with pytest.raises(ValueError, match="neither a directory"):
             main(["--traceback", "convert", "nowhere", str(tmp_path / "out")])
 
 

@@ -58,7 +58,7 @@ def convert(
     chat_template: Annotated[
         str | None, typer.Option(help="llama3, phi3, vicuna or plain. By default, the one that fits the checkpoint.")
     ] = None,
-    max_shard_size: MaxShardSize = "5GB",
+    max_shard_size: MaxShardSize = "1GB",
     base: Annotated[
         str | None,
         typer.Option(help="Where SOURCE holds a projector or LoRA alone: the model that it is put onto."),
@@ -102,7 +102,7 @@ def export(
             "not use. Without, it starts them at random.",
         ),
     ] = None,
-    max_shard_size: MaxShardSize = "5GB",
+    max_shard_size: MaxShardSize = "1GB",
 ) -> None:
     """Turn a model back into a checkpoint that the original code loads."""
     from .conversion import export as export_model
@@ -156,7 +156,7 @@ def assemble(
             "conversations."
         ),
     ] = "plain",
-    max_shard_size: MaxShardSize = "5GB",
+    max_shard_size: MaxShardSize = "1GB",
 ) -> None:
     """Put a Florence-2 and a language model together, with a new projector, ready for pretraining."""
     from .conversion import assemble as assemble_model
@@ -352,7 +352,7 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32. By default, as the base is stored.")
     ] = None,
-    max_shard_size: MaxShardSize = "5GB",
+    max_shard_size: MaxShardSize = "1GB",
 ) -> None:
     """Make an adapter part of its base: a model that loads without peft."""
     from .training.adapters import merge_adapter
@@ -370,7 +370,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the files, but send nothing.")] = False,
 ) -> None:
     """Upload a model to the Hub, if it is complete. Only files that belong to it are sent."""
-    from .conversion import push as push_model
+    from .conversion.hub import push as push_model
 
     files = push_model(folder, repository, private=private, dry_run=dry_run)
     for name, size in files.items():

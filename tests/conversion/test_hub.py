@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from florence_vl_hf.cli import main
-from florence_vl_hf.conversion import CheckpointError, convert, push, write_remote_code
+from florence_vl_hf.conversion import CheckpointError, convert
+from florence_vl_hf.conversion.hub import push
+from florence_vl_hf.conversion.remote_code import write_remote_code
 
 from ..conftest import FIXTURES, Golden
 
@@ -185,7 +187,7 @@ class TestIncomplete:
     def test_shard_cut_short(self, folder, hub):
         shard = next(folder.glob("model-00002-of-*"))
         shard.write_bytes(shard.read_bytes()[:-1000])
-        self.refuse(folder, hub, "damaged or cut short")
+        self.refuse(folder, hub, "damaged or incomplete")
 
     def test_pickles(self, folder, hub):
         tensors = {name: t for shard in folder.glob("model-*") for name, t in load_file(shard).items()}

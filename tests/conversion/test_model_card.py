@@ -8,8 +8,9 @@ import torch
 from huggingface_hub import ModelCard
 from torch.testing import assert_close
 
-from florence_vl_hf.conversion import convert, convert_florence_vl_to_hf, plan_conversion
+from florence_vl_hf.conversion import checkpoint_files, convert, read_original
 from florence_vl_hf.conversion.model_card import PUBLISHED_RESULTS, write_model_card
+from florence_vl_hf.conversion.original_config import describe_assumption
 
 from ..conftest import FIXTURES, Golden
 
@@ -20,7 +21,7 @@ PHI = Golden(FIXTURES / "phi-small")
 
 @pytest.fixture(scope="module")
 def plan():
-    return plan_conversion(PHI.checkpoint)
+    return read_original(PHI.checkpoint)
 
 
 def card_of(plan, source, folder: Path) -> ModelCard:
@@ -85,11 +86,11 @@ class TestConversion:
         (source / "vision_tower" / "preprocessor_config.json").unlink()
         plan = convert(source, tmp_path / "out")
         text = (tmp_path / "out" / "README.md").read_text()
-        assert str(tmp_path) in plan.assumptions[0]
+        assert str(tmp_path) in describe_assumption(plan.assumptions[0])
         assert "original/vision_tower has no preprocessor_config.json" in text and str(tmp_path) not in text
 
     def test_hub_id_stands_for_its_download(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(convert_florence_vl_to_hf, "snapshot_download", lambda *_, **__: str(LLAMA.checkpoint))
+        monkeypatch.setattr(checkpoint_files, "snapshot_download", lambda *_, **__: str(LLAMA.checkpoint))
         convert("jiuhai/florence-vl-8b-sft", tmp_path / "florence", LLAMA.vision_tower)
         card = ModelCard.load(tmp_path / "florence" / "README.md")
         assert card.data.license == "llama3.1"
@@ -99,7 +100,7 @@ class TestConversion:
 
     @pytest.mark.parametrize(("dtype", "said"), [(None, "copied, bit by bit"), (torch.float16, "cast to float16")])
     def test_says_whether_weights_were_cast(self, dtype, said, tmp_path):
-        assert said in card_of(plan_conversion(PHI.checkpoint, dtype=dtype), PHI.checkpoint, tmp_path).text
+        assert said in card_of(read_original(PHI.checkpoint, dtype=dtype), PHI.checkpoint, tmp_path).text
 
     def test_adapter_is_no_copy_of_a_published_checkpoint(self, plan, tmp_path):
         write_model_card(tmp_path, plan, "jiuhai/florence-vl-3b-sft", "mine", {}, base=PHI.checkpoint)
@@ -109,7 +110,7 @@ class TestConversion:
 
     def test_rows_that_were_added(self, plan, tmp_path):
         assert "rows of zeros" not in card_of(plan, PHI.checkpoint, tmp_path).text
-        llama = plan_conversion(LLAMA.checkpoint, LLAMA.vision_tower)
+        llama = read_original(LLAMA.checkpoint, vision_tower=LLAMA.vision_tower)
         assert "30 rows of zeros" in card_of(llama, LLAMA.checkpoint, tmp_path).text
 
     def test_use_of_a_pretrained_checkpoint_gives_what_its_format_gives(self, golden, tmp_path, capsys):

@@ -10,11 +10,10 @@ from huggingface_hub.utils import validate_repo_id
 from ..model_cards import CARD_FILE
 from ..modeling import FlorenceVLConfig
 from ..processing import FlorenceVLProcessor
-from .convert_florence_vl_to_hf import tensor_shapes
-from .errors import CheckpointError
+from .checkpoint_files import CheckpointError, read_json, read_tensors
+from .original_checkpoint import tensor_shapes
 from .original_processor import TOKENIZER_FILES
 from .remote_code import AUTO_MAPS, auto_map, remote_modules
-from .stored_tensors import find_tensors, read_json
 
 
 # What belongs to a model beside its weights, its code and its card. All else stays at home: states of an optimizer,
@@ -74,7 +73,7 @@ def _check_processor(folder: Path, config: FlorenceVLConfig) -> None:
 
 
 def _weight_files(folder: Path, config: FlorenceVLConfig) -> set[str]:
-    stored = find_tensors(folder)
+    stored = read_tensors(folder)
     files = {tensor.file.name for tensor in stored.values()}
     if not files or any(Path(file).suffix != ".safetensors" for file in files):
         raise CheckpointError(

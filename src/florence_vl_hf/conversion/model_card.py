@@ -10,7 +10,8 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from ..model_cards import write_card
-from .conversion_plan import ConversionPlan
+from .original_checkpoint import ConvertedCheckpoint
+from .original_config import describe_assumption
 
 
 VISION_TOWER = "microsoft/Florence-2-large"
@@ -109,7 +110,7 @@ def verify_commands(source: str | Path, output: str | Path) -> list[str]:
 
 def write_model_card(
     folder: Path,
-    plan: ConversionPlan,
+    plan: ConvertedCheckpoint,
     source: str | Path,
     name: str,
     read_from: dict[Path, str | Path],
@@ -120,7 +121,7 @@ def write_model_card(
 
     Args:
         folder (`Path`): Folder of the converted checkpoint.
-        plan (`ConversionPlan`): What was written there.
+        plan (`ConvertedCheckpoint`): What was written there.
         source (`str` or `Path`): Folder or Hub id of the original.
         name (`str`): What to call the converted checkpoint.
         read_from (`dict[Path, str | Path]`): The folders that the plan's assumptions name, and the folder or Hub id
@@ -129,11 +130,9 @@ def write_model_card(
     """
     hub_id = hub_id_of(source)
     published = PublishedCheckpoint.of(hub_id) if hub_id and base is None else None
-    assumptions = plan.assumptions
+    assumptions = [describe_assumption(assumption) for assumption in plan.assumptions]
     for place, stands_for in read_from.items():
         assumptions = [assumed.replace(str(place), _public_name(stands_for)) for assumed in assumptions]
-    words = plan.tensors["model.language_model.embed_tokens.weight"]
-    is_cast = any(tensor.dtype != tensor.stored.dtype for tensor in plan.tensors.values())
     write_card(
         folder,
         "converted.md.jinja",
@@ -144,8 +143,8 @@ def write_model_card(
         published=published,
         vision_tower=VISION_TOWER,
         plan=plan,
-        cast_to=str(plan.config.dtype).removeprefix("torch.") if is_cast else None,
-        num_added_rows=words.shape[0] - words.stored.shape[0],
+        cast_to=plan.cast_to and str(plan.cast_to).removeprefix("torch."),
+        num_added_rows=plan.num_added_rows,
         assumptions=assumptions,
         verify_commands=verify_commands(hub_id or "ORIGINAL", name),
     )

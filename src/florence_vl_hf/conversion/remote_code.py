@@ -10,7 +10,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration, FlorenceVLModel
 from ..processing import FlorenceVLProcessor
-from .stored_tensors import read_json
+from .checkpoint_files import read_json
 
 
 # Written by hand, since `register_for_auto_class` keeps the last class only. Pipelines look for both heads.

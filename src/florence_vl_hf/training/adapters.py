@@ -12,11 +12,10 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..conversion import CheckpointError, write_remote_code
-from ..conversion.convert_florence_vl_to_hf import CHECKPOINT_FILES, resolve_folder
+from ..conversion import CheckpointError
+from ..conversion.checkpoint_files import CHECKPOINT_FILES, output_directory, read_json, resolve_checkpoint
 from ..conversion.original_config import TEXT_MODEL_TYPES
-from ..conversion.output_folder import folder_in_place_when_complete
-from ..conversion.stored_tensors import read_json
+from ..conversion.remote_code import write_remote_code
 from ..model_cards import CARD_FILE, is_plain, public_name, write_card
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
@@ -149,8 +148,8 @@ def merge_adapter(
     Raises:
         CheckpointError: If the adapter is none, or does not fit its base. Nothing is written then.
     """
-    with folder_in_place_when_complete(Path(output)) as folder:
-        adapter_folder = resolve_folder(adapter, FILES)
+    with output_directory(Path(output)) as folder:
+        adapter_folder = resolve_checkpoint(adapter, FILES)
         config = _read_adapter_config(adapter_folder)
         base_folder = _find_base(config, base)
         model = FlorenceVLForConditionalGeneration.from_pretrained(base_folder, dtype=dtype or "auto")
@@ -224,7 +223,7 @@ def _find_base(config: PeftConfig, base: str | Path | None) -> Path:
     if not named:
         raise CheckpointError(f"{ADAPTER_CONFIG} names no base model; name it, with `--base` on the command line.")
     try:
-        folder = resolve_folder(named, FILES, revision=None if base else config.revision)
+        folder = resolve_checkpoint(named, FILES, revision=None if base else config.revision)
     except CheckpointError as error:
         hint = "" if base else f" {ADAPTER_CONFIG} names it as the base; name another, with `--base`."
         raise CheckpointError(f"{error}{hint}") from error

@@ -20,7 +20,7 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from ..conversion.original_processor import IMAGE_TOKEN
-from ..conversion.verification import ROLES
+from ..conversion.original_processor import LLAVA_ROLES as ROLES
 
 
 # Part of the key of what `datasets` caches: raise it when the same file is to give other rows.

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..conversion import write_remote_code
+from ..conversion.remote_code import write_remote_code
 from .arguments import FlorenceVLTrainingArguments
 from .collator import IGNORED_LABEL, FlorenceVLCollator
 from .stages import parameter_groups

@@ -1,6 +1,7 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """The script that records the original, run on a stand-in with the original's modules and ways of being called."""
 
+import ast
 import importlib.util
 import json
 import sys
@@ -16,37 +17,35 @@ from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText
 
 from florence_vl_hf import FlorenceVLForConditionalGeneration
-from florence_vl_hf.conversion.verification import Verdict, agrees, forward_inputs, verify
+from florence_vl_hf.conversion.reference import IMAGE_TOKEN_INDEX, RECORD_SCRIPT, forward_inputs
+from florence_vl_hf.conversion.verification import Verdict, agrees, verify
 
-from .conftest import IMAGE_MARK, Golden
-
-
-SCRIPT = Path(__file__).parent.parent / "tools" / "record_reference.py"
+from ..conftest import Golden
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("record_reference", SCRIPT)
+    spec = importlib.util.spec_from_file_location("record_reference", RECORD_SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 class DaViT(nn.Module):
-    """As Florence-2's first release: never called itself, but stage by stage."""
+    """As Florence-2's first release: never called itself, but block group by block group."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([StageOfDaViT(), StageOfDaViT()])
+        self.blocks = nn.ModuleList([BlockGroup(), BlockGroup()])
 
 
-class StageOfDaViT(nn.Module):
+class BlockGroup(nn.Module):
     def forward(self, positions: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, tuple[int, int]]:
         return positions, size
 
 
 class Tower(nn.Module):
-    """Looks at an image once per prompt, as the original may; gives V, and V't of all prompts along channels."""
+    """Encodes an image once per prompt, as the original may; gives V, and V't of all prompts along channels."""
 
     def __init__(self, ours: FlorenceVLForConditionalGeneration, image_processor: object) -> None:
         super().__init__()
@@ -56,12 +55,12 @@ class Tower(nn.Module):
         self.vision_tower.vision_tower = DaViT()
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        seen = self.ours[0].get_image_features(images, output_hidden_states=True)
-        positions, grid = seen.hidden_states[-1].flatten(2).transpose(1, 2).repeat(3, 1, 1), (0, 0)
+        output = self.ours[0].get_image_features(images, output_hidden_states=True)
+        positions, grid = output.hidden_states[-1].flatten(2).transpose(1, 2).repeat(3, 1, 1), (0, 0)
         first, last = self.vision_tower.vision_tower.blocks
         first(torch.zeros_like(positions), grid)
         last(positions, grid)
-        image_feature, *prompt_features = seen.features.values()
+        image_feature, *prompt_features = output.features.values()
         return image_feature, torch.cat(prompt_features, dim=-1)
 
 
@@ -112,7 +111,7 @@ def ours(converted: Path) -> FlorenceVLForConditionalGeneration:
 
 @pytest.fixture
 def llava(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
-    """A stand-in for the package `llava`, which says that every prompt is that of the recorded dialog 0."""
+    """A stand-in for the package `llava`, whose prompt is always that of the recorded dialog 0."""
     dialog = golden.reference["dialogs"][0]
 
     class Conversation:
@@ -132,7 +131,7 @@ def llava(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
             return dialog["chat_prompt"]
 
     def tokenizer_image_token(prompt: str, tokenizer: object, image_token_index: int) -> list[int]:
-        assert (prompt, image_token_index) == (dialog["chat_prompt"], IMAGE_MARK)
+        assert (prompt, image_token_index) == (dialog["chat_prompt"], IMAGE_TOKEN_INDEX)
         return dialog["chat_input_ids"]
 
     def process_images(images: list, image_processor: object, config: object) -> torch.Tensor:
@@ -150,7 +149,7 @@ def llava(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
     yield dialog
 
 
-def test_what_is_recorded_is_what_verify_reads(script, golden, ours, processor, llava, tmp_path, monkeypatch, capsys):
+def test_verify_reads_what_is_recorded(script, golden, ours, processor, llava, tmp_path, monkeypatch, capsys):
     model_type = f"llava_{golden.reference['family']}"
     original = Original(ours, processor.image_processor, model_type)
     monkeypatch.setattr(script, "load_original", lambda *arguments: (None, original))
@@ -159,11 +158,11 @@ def test_what_is_recorded_is_what_verify_reads(script, golden, ours, processor, 
     arguments = ["--checkpoint", "x", "--images", str(golden.folder / "images"), "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["record_reference.py", *arguments, "--question", question, "--device", "cpu"])
     script.main()
-    assert f"One picture takes {ours.config.num_image_tokens} image tokens" in capsys.readouterr().out
+    assert f"One image takes {ours.config.num_image_tokens} image tokens" in capsys.readouterr().out
 
     results = verify(ours, processor, output)
     assert agrees(results)
-    not_recorded = [result.stage for result in results if result.verdict is Verdict.NOT_RECORDED]
+    not_recorded = [result.name for result in results if result.verdict is Verdict.NOT_RECORDED]
     assert not_recorded == [f"loss {i}" for i in range(len(golden.reference["images"]))]
     assert {result.verdict for result in results} == {Verdict.OK, Verdict.NOT_RECORDED}
 
@@ -181,9 +180,36 @@ def test_what_is_recorded_is_what_verify_reads(script, golden, ours, processor, 
     assert record["generations"][0] == golden.reference["generations"][0]
 
 
-def test_pictures_that_lie_there_already_stay(script, golden, tmp_path):
+def test_images_already_in_place_are_kept(script, golden, tmp_path):
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.png").write_bytes(b"picture")
+    (tmp_path / "images" / "a.png").write_bytes(b"image")
     script.write(tmp_path / "r.safetensors", {"projected": torch.zeros(1)}, {"images": ["a.png"]}, tmp_path / "images")
-    assert (tmp_path / "images" / "a.png").read_bytes() == b"picture"
+    assert (tmp_path / "images" / "a.png").read_bytes() == b"image"
     assert (tmp_path / "r.json").exists() and (tmp_path / "r.safetensors").exists()
+
+
+@pytest.mark.parametrize(("image_aspect_ratio", "expected"), [("pad", 1.0), ("square", 2.0), (None, 2.0)])
+def test_images_are_preprocessed_as_in_training(image_aspect_ratio, expected, script, monkeypatch):
+    """Florence-2's processor takes text first, so that `process_images` only works for padded images."""
+
+    def image_processor(text: list[str], images: object, **kwargs: object) -> dict[str, torch.Tensor]:
+        assert all(isinstance(part, str) for part in text)
+        return {"pixel_values": torch.full((1, 3, 8, 8), 2.0)}
+
+    module = ModuleType("llava.mm_utils")
+    module.process_images = lambda images, image_processor, config: torch.full((1, 3, 8, 8), 1.0)
+    monkeypatch.setitem(sys.modules, "llava", ModuleType("llava"))
+    monkeypatch.setitem(sys.modules, "llava.mm_utils", module)
+    config = SimpleNamespace(image_aspect_ratio=image_aspect_ratio)
+    pixel_values = script.preprocess(object(), image_processor, config)
+    assert_close(pixel_values, torch.full((3, 8, 8), expected))
+
+
+def test_runs_without_this_package_on_python_3_10():
+    tree = ast.parse(RECORD_SCRIPT.read_text(encoding="utf-8"), feature_version=(3, 10))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module or "" for node in imports if isinstance(node, ast.ImportFrom)}
+    assert all(not isinstance(node, ast.ImportFrom) or node.level == 0 for node in imports)
+    packages = {module.split(".")[0] for module in modules} - sys.stdlib_module_names
+    assert packages == {"PIL", "llava", "safetensors", "torch", "transformers"}
