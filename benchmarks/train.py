@@ -20,9 +20,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from florence_vl_hf import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from florence_vl_hf.modeling.transformers_compat import enable_checkpointing
+from florence_vl_hf.planning import TrainingSetup, plan_memory
 from florence_vl_hf.training.adapters import lora_config
 from florence_vl_hf.training.collator import IGNORED_LABEL
-from florence_vl_hf.training.memory import TrainingSetup, plan_memory
 from florence_vl_hf.training.stages import STAGES, set_trainable
 from florence_vl_hf.training.trainer import learned_positions
 

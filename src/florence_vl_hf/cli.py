@@ -294,21 +294,20 @@ def plan_memory(
     images_per_sample: Annotated[int, typer.Option(help="Pictures in each sample.", min=0)] = 1,
 ) -> None:
     """Say how much memory training takes per GPU. Only the model's configuration is read."""
+    from . import planning
     from .modeling import FlorenceVLConfig
-    from .training import memory_report
-    from .training.arguments import read_recipe
-    from .training.memory import plan_memory as plan
+    from .training import read_recipe
 
     if recipe is None:
-        typer.echo(memory_report.format_table(memory_report.plan_known_runs()))
+        typer.echo(planning.format_table(planning.plan_known_runs()))
         return
-    model, config_changes, setup = memory_report.read_setup(
+    model, config_changes, setup = planning.read_setup(
         read_recipe(recipe, changes), num_gpus, sharding, accelerate_config, images_per_sample
     )
-    config = memory_report.published_config(shape) if shape else FlorenceVLConfig.from_pretrained(model)
+    config = planning.published_config(shape) if shape else FlorenceVLConfig.from_pretrained(model)
     if config_changes:
         config = FlorenceVLConfig.from_dict({**config.to_dict(), **config_changes})
-    typer.echo(memory_report.format_plan(plan(config, setup)))
+    typer.echo(planning.format_plan(planning.plan_memory(config, setup)))
 
 
 @app.command()

@@ -1,5 +1,5 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Planned memory beside measured memory, beside arithmetic on the parameters, and beside the page that shows it."""
+"""Planned memory against measured memory, against counts of a real model, and against the documented table."""
 
 import importlib.util
 from dataclasses import replace
@@ -10,9 +10,8 @@ import pytest
 import yaml
 
 from florence_vl_hf import FlorenceVLConfig, FlorenceVLForConditionalGeneration
+from florence_vl_hf.planning import KNOWN_RUNS, TrainingSetup, format_table, plan_memory, published_config, read_setup
 from florence_vl_hf.training import read_recipe
-from florence_vl_hf.training.memory import TrainingSetup, plan_memory
-from florence_vl_hf.training.memory_report import KNOWN_RUNS, format_table, published_config, read_setup
 
 from ..conftest import status, tiny_config
 
@@ -30,7 +29,7 @@ def benchmark() -> ModuleType:
 
 
 def small_config(benchmark: ModuleType) -> FlorenceVLConfig:
-    """The benchmark's, with fewer layers."""
+    """Return the configuration of the benchmark with fewer layers."""
     config = benchmark.small_config()
     config.vision_config.vision_config.depths = [1, 1, 1, 1]
     config.vision_config.text_config.encoder_layers = 2
@@ -39,13 +38,13 @@ def small_config(benchmark: ModuleType) -> FlorenceVLConfig:
 
 
 def num_parameters(*parts: str) -> int:
-    """Of a real model's parts, counted on its weights."""
+    """Count the parameters of a real model whose names contain one of `parts`."""
     model = FlorenceVLForConditionalGeneration(tiny_config())
     return sum(p.numel() for name, p in model.named_parameters() if any(part in name for part in parts or [""]))
 
 
 class TestAgainstMeasurement:
-    """A real step on the CPU: bytes that PyTorch's allocator handed out."""
+    """A real step on the CPU: bytes that PyTorch's allocator reports."""
 
     @pytest.mark.parametrize(
         "changes",
@@ -61,11 +60,11 @@ class TestAgainstMeasurement:
         setup = replace(TINY, max_length=128, **changes)
         measured, plan = benchmark.measure_peak(config, setup), plan_memory(config, setup)
         assert plan.total == pytest.approx(measured, rel=0.15)
-        # The same for what comes and goes alone: weights and optimizer are easily right, and much.
+        # Without weights and optimizer, which are most of the bytes and easy to count.
         lasting = plan.terms["weights"] + plan.terms["optimizer"]
         assert plan.total - lasting == pytest.approx(measured - lasting, rel=0.15)
 
-    def test_plan_knows_what_scores_take(self, benchmark: ModuleType) -> None:
+    def test_plan_counts_attention_scores(self, benchmark: ModuleType) -> None:
         config = small_config(benchmark)
         setup = replace(TINY, stage="language_model", max_length=256, gradient_checkpointing=False)
         setups = [replace(setup, attention=attention) for attention in ("sdpa", "eager")]
@@ -76,7 +75,7 @@ class TestAgainstMeasurement:
 
 
 class TestLastingTerms:
-    """What is held where, against the number of parameters of a real model."""
+    """Terms that last through the step, against the number of parameters of a real model."""
 
     def test_one_gpu_in_float32(self) -> None:
         terms = plan_memory(tiny_config(), TINY).terms
@@ -100,7 +99,7 @@ class TestLastingTerms:
         assert 0 <= buffers < 10_000
         assert four["weights"] == pytest.approx(num_parameters() * 2 / 4 + buffers, abs=1)
 
-    def test_fsdp2_holds_in_float32_what_it_trains(self) -> None:
+    def test_fsdp2_holds_trained_weights_in_float32(self) -> None:
         setup = replace(TINY, stage="pretrain", dtype="bfloat16", mixed_precision=True, sharding="fsdp2", num_gpus=2)
         terms = plan_memory(tiny_config(), setup).terms
         assert terms["optimizer"] == pytest.approx(8 * num_parameters() / 2, abs=1)
@@ -110,7 +109,7 @@ class TestLastingTerms:
         terms = plan_memory(tiny_config(), replace(TINY, sharding="ddp", num_gpus=2)).terms
         assert terms["communication"] == 4 * num_parameters("multi_modal_projector", "language_model", "lm_head")
 
-    def test_accumulated_gradients_live_through_the_whole_step(self) -> None:
+    def test_accumulated_gradients_last_through_the_step(self) -> None:
         once = plan_memory(tiny_config(), replace(TINY, stage="pretrain", max_length=64))
         many = plan_memory(
             tiny_config(), replace(TINY, stage="pretrain", max_length=64, gradient_accumulation_steps=2)
@@ -137,7 +136,9 @@ class TestLastingTerms:
 
 
 class TestPassingTerms:
-    def test_checkpointing_trades_activations_away(self) -> None:
+    """Terms that are allocated and freed during the step."""
+
+    def test_checkpointing_saves_activations(self) -> None:
         config = tiny_config()
         config.text_config.num_hidden_layers = 8
         kept, recomputed = (
@@ -152,27 +153,40 @@ class TestPassingTerms:
             ).terms
             for stage in ("pretrain", "finetune")
         }
-        activations = {stage: plan.get("activations of the tower", 0) for stage, plan in terms.items()}
+        activations = {stage: plan.get("activations of the vision tower", 0) for stage, plan in terms.items()}
         assert activations["finetune"] < 0.1 * activations["pretrain"]
 
+    def test_scaled_rotary_embeddings_do_not_matter(self) -> None:
+        """Those of Phi-3.5 read the data of tensors, which fake tensors do not have."""
+        config = tiny_config()
+        plain = plan_memory(config, TINY).total
+        size = config.text_config.hidden_size // config.text_config.num_attention_heads // 2
+        config.text_config.rope_parameters |= {
+            "rope_type": "longrope",
+            "short_factor": [1.0] * size,
+            "long_factor": [2.0] * size,
+            "original_max_position_embeddings": 8,
+        }
+        assert plan_memory(config, TINY).total == plain
+
     def test_logits_are_in_float32_three_times(self) -> None:
-        """The log-probabilities, their gradient, and the logits': each a number per learned position and word."""
+        """Log-probabilities, their gradient, and that of the logits: a number per learned position and token."""
         config = tiny_config()
         config.text_config.vocab_size = 5000
-        # A fifth of all positions are pictures'.
+        # A fifth of the tokens are image tokens.
         setup = replace(TINY, batch_size=2, max_length=512, stage="projector", images_per_sample=20)
         logits = plan_memory(config, setup).terms["logits and loss"]
         num_learned = 512 - 20 * config.num_image_tokens
         assert logits == pytest.approx(3 * 4 * 2 * num_learned * config.text_config.vocab_size, rel=0.05)
 
-    def test_text_alone_needs_no_tower_unless_something_before_the_language_model_is_trained(self) -> None:
+    def test_text_only_batches_run_the_tower_only_if_it_or_the_projector_is_trained(self) -> None:
         def activations_of_tower(stage: str, images_per_sample: int) -> int:
             setup = replace(TINY, stage=stage, images_per_sample=images_per_sample, gradient_checkpointing=False)
-            return plan_memory(tiny_config(), setup).terms.get("activations of the tower", 0)
+            return plan_memory(tiny_config(), setup).terms.get("activations of the vision tower", 0)
 
         assert activations_of_tower("language_model", 1) > 0
         assert activations_of_tower("language_model", 0) == 0
-        # A black picture stands in.
+        # A black image is added.
         assert activations_of_tower("pretrain", 0) == activations_of_tower("pretrain", 1)
 
 
@@ -199,7 +213,7 @@ class TestSettings:
         with pytest.raises(ValueError, match=message):
             TrainingSetup(**changes)
 
-    def test_pictures_that_do_not_fit_raise(self) -> None:
+    def test_images_that_exceed_max_length_raise(self) -> None:
         with pytest.raises(ValueError, match="max_length"):
             plan_memory(tiny_config(), max_length=16, images_per_sample=4)
 
@@ -221,41 +235,58 @@ class TestSettings:
         assert (setup.sharding, setup.num_gpus, setup.batch_size, setup.max_length) == ("fsdp2", 8, 3, 700)
         assert (setup.lora_rank, setup.bits, setup.mixed_precision, setup.dtype) == (8, 4, True, "float32")
 
-    def test_another_fusion_is_a_change_of_the_configuration(self) -> None:
+    def test_changes_of_the_fusion_are_returned(self) -> None:
         recipe = {"model_name_or_path": "somewhere", "train_file": "data.json", "fusion_features": ["image"]}
         assert read_setup(recipe)[1] == {"fusion_features": ["image"]}
 
     @pytest.mark.parametrize(
         ("file", "sharding"), [("ddp", "ddp"), ("deepspeed_zero2", "zero2"), ("deepspeed_zero3", "zero3")]
     )
-    def test_each_accelerate_config_is_known(self, file: str, sharding: str) -> None:
+    def test_accelerate_configs_of_the_recipes_are_supported(self, file: str, sharding: str) -> None:
         recipe = {"model_name_or_path": "somewhere", "train_file": "data.json"}
         setup = read_setup(recipe, accelerate_config=ROOT / f"recipes/accelerate/{file}.yaml")[2]
         assert setup.sharding == sharding
 
-    def test_another_optimizer_is_refused(self) -> None:
+    def test_other_optimizers_raise(self) -> None:
         recipe = {"model_name_or_path": "somewhere", "train_file": "data.json", "optim": "sgd"}
         with pytest.raises(ValueError, match="sgd"):
             read_setup(recipe)
 
+    @pytest.mark.parametrize(
+        "launch",
+        [
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 1}},
+            {
+                "distributed_type": "DEEPSPEED",
+                "deepspeed_config": {"zero_stage": 2, "offload_optimizer_device": "cpu"},
+            },
+            {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}},
+            {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, "fsdp_offload_params": True}},
+            {"distributed_type": "TPU"},
+        ],
+    )
+    def test_unsupported_accelerate_configs_raise(self, launch: dict, tmp_path: Path) -> None:
+        (tmp_path / "launch.yaml").write_text(yaml.safe_dump(launch))
+        recipe = {"model_name_or_path": "somewhere", "train_file": "data.json"}
+        with pytest.raises(ValueError, match="launch.yaml"):
+            read_setup(recipe, accelerate_config=tmp_path / "launch.yaml")
+
 
 class TestCommand:
-    def test_a_recipe_is_planned_from_the_configuration_alone(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture
-    ) -> None:
+    def test_recipe_is_planned_without_weights(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         tiny_config().save_pretrained(tmp_path / "model")
         recipe = {"model_name_or_path": str(tmp_path / "model"), "train_file": "data.json", "stage": "finetune"}
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         assert status("plan-memory", str(tmp_path / "recipe.yaml"), "--set", "max_length=32", "--num-gpus", "2") == 0
         output = capsys.readouterr().out
         assert "2 GPUs, ddp" in output
-        assert "samples of 32 positions" in output
-        assert "in all, per GPU" in output
+        assert "samples of 32 tokens" in output
+        assert "total per GPU" in output
 
 
 @pytest.mark.parametrize("name", ["finetune 8B"])
 def test_page_shows_what_is_computed(name: str) -> None:
-    """A row of the page's table, which `florence-vl plan-memory` prints."""
+    """A row of the table that `florence-vl plan-memory` prints."""
     size, setup = KNOWN_RUNS[name]
     *_, row = format_table({name: plan_memory(published_config(size), setup)}).splitlines()
     assert row in (ROOT / "docs" / "planning.md").read_text(encoding="utf-8").splitlines()
