@@ -31,7 +31,7 @@ from florence_vl_hf.conversion.original_model import find_tower_tensors
 from florence_vl_hf.modeling.configuration_florence_vl import DEFAULT_PROMPT_TOKEN_IDS
 
 from ..conftest import FIXTURES, tiny_config
-from ..test_cli import status
+from ..conftest import status
 from .test_convert_florence_vl_to_hf import stored_tensors
 
 

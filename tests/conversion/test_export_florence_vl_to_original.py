@@ -24,7 +24,7 @@ from florence_vl_hf.conversion.original_config import (
 )
 
 from ..conftest import FIXTURES, Golden
-from ..test_cli import status
+from ..conftest import status
 from .test_assemble_florence_vl import save_llm
 from .test_convert_florence_vl_to_hf import stored_tensors
 

@@ -71,6 +71,16 @@ LLAMA_3_1_8B = {
 }
 
 
+# TEMP
+AUTO_MAP = {
+    "AutoConfig": "configuration_florence_vl.FlorenceVLConfig",
+    "AutoModel": "modeling_florence_vl.FlorenceVLModel",
+    "AutoModelForImageTextToText": "modeling_florence_vl.FlorenceVLForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_florence_vl.FlorenceVLForConditionalGeneration",
+    "AutoProcessor": "processing_florence_vl.FlorenceVLProcessor",
+}
+
+
 @auto_docstring(
     custom_intro="""
     Configuration of a Florence-VL model: a Florence-2 vision tower, the fusion of its features, a projector and any

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -17,7 +16,7 @@ from ..conversion.convert_florence_vl_to_hf import CHECKPOINT_FILES, resolve_fol
 from ..conversion.original_config import TEXT_MODEL_TYPES
 from ..conversion.output_folder import folder_in_place_when_complete
 from ..conversion.stored_tensors import read_json
-from ..model_cards import CARD_FILE, is_plain, public_name, write_card
+from ..model_cards import CARD_FILE, MergedCard, read_metadata, read_training, write_card
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
 
@@ -159,39 +158,18 @@ def merge_adapter(
         has_processor = (adapter_folder / PROCESSOR_CONFIG).is_file()
         FlorenceVLProcessor.from_pretrained(adapter_folder if has_processor else base_folder).save_pretrained(folder)
         write_remote_code(folder)
-        processor = FlorenceVLProcessor.from_pretrained(folder)
-        write_card(
-            folder,
-            "merged.md.jinja",
-            ModelCardData(
-                pipeline_tag="image-text-to-text",
-                library_name="transformers",
-                tags=["florence-vl", "florence2"],
-                **_kept_metadata(adapter_folder / CARD_FILE),
-            ),
+        card = MergedCard(
             name=Path(output).name,
-            base_name=public_name(base or config.base_model_name_or_path),
-            adapter_name=public_name(adapter),
             config=merged.config,
-            is_plain=is_plain(processor),
-            image_token=processor.image_token,
-            training=_training_of(adapter_folder / CARD_FILE),
+            processor=FlorenceVLProcessor.from_pretrained(folder),
+            base=base or config.base_model_name_or_path,
+            adapter=adapter,
+            num_parameters=merged.num_parameters(),
+            training=read_training(adapter_folder),
+            adapter_metadata=read_metadata(adapter_folder),
         )
+        write_card(folder, card)
     return merged
-
-
-def _kept_metadata(card: Path) -> dict[str, Any]:
-    """What the card of an adapter says that is true of the merged model too."""
-    told = ModelCard.load(card).data.to_dict() if card.is_file() else {}
-    return {name: told[name] for name in ("license", "language", "datasets") if name in told}
-
-
-def _training_of(card: Path) -> str | None:
-    """What the card of an adapter that `florence-vl train` wrote tells of its training."""
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    found = re.search(r"^## Training$.*?(?=^## Citation$)", text, flags=re.DOTALL | re.MULTILINE)
-    # peft's own draft has a heading of this name too, and nothing under it.
-    return found and "| data | " in found[0] and found[0].strip() or None
 
 
 def _read_adapter_config(folder: Path) -> PeftConfig:
