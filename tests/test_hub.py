@@ -180,7 +180,7 @@ class TestIncomplete:
     def test_truncated_shard(self, directory, hub):
         shard = next(directory.glob("model-00002-of-*"))
         shard.write_bytes(shard.read_bytes()[:-1000])
-        self.refuse(directory, hub, "damaged or cut short")
+        self.refuse(directory, hub, "model-00002-of-.* is damaged")
 
     def test_pickles(self, directory, hub):
         tensors = {name: t for shard in directory.glob("model-*") for name, t in load_file(shard).items()}

@@ -56,7 +56,9 @@ class ChatSession:
         inputs.pop("pixel_values", None)
         if self.images:
             inputs["mm_encoder_outputs"] = {"image": self.image_features}
-        output_ids = self.model.generate(**inputs, streamer=streamer, generation_config=generation_config)
+        output_ids = self.model.generate(  # type: ignore[misc]  # upstream's type of `self`
+            **inputs, streamer=streamer, generation_config=generation_config
+        )
         new_ids = output_ids[0, inputs["input_ids"].shape[1] :]
         answer = self.processor.decode(new_ids, skip_special_tokens=True).strip()
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
