@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from florence_vl_hf.conversion import convert
-from florence_vl_hf.conversion.hub import files_to_push
+from florence_vl_hf.hub import files_to_push
 from florence_vl_hf.processing import load_chat_template
 from florence_vl_hf.training import train
 from florence_vl_hf.training.stages import part_of

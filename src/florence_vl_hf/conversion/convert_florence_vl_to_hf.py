@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from ..model_cards import ConvertedCard, public_name, write_card
 from .checkpoint_files import output_directory, resolve_checkpoint
-from .model_card import write_model_card
 from .original_checkpoint import ConvertedCheckpoint, read_original
 from .original_config import describe_assumption
 
@@ -65,8 +65,31 @@ def convert(
         for assumption in checkpoint.assumptions:
             logger.warning(describe_assumption(assumption))
         checkpoint.save(directory, max_shard_size)
-        read_from = {source_directory: source}
-        read_from |= {base_directory: base} if base_directory and base else {}
-        read_from |= {tower_directory: vision_tower} if tower_directory and vision_tower else {}
-        write_model_card(directory, checkpoint, source, output.name, read_from, base)
+        given = {source_directory: source}
+        given |= {base_directory: base} if base_directory and base else {}
+        given |= {tower_directory: vision_tower} if tower_directory and vision_tower else {}
+        card = ConvertedCard(
+            name=output.name,
+            config=checkpoint.config,
+            processor=checkpoint.processor,
+            source=source,
+            base=base,
+            num_parameters=checkpoint.num_parameters,
+            chat_template=checkpoint.chat_template,
+            cast_to=None if dtype is None else str(dtype).removeprefix("torch."),
+            num_added_rows=checkpoint.num_added_rows,
+            num_unused=len(checkpoint.unused),
+            assumptions=[
+                describe_assumption(a, lambda path: _public_path(path, given)) for a in checkpoint.assumptions
+            ],
+        )
+        write_card(directory, card)
     return checkpoint
+
+
+def _public_path(path: Path, given: dict[Path, str | Path]) -> str:
+    """Replace the directory of a checkpoint by its public name: cards do not show local paths."""
+    for directory, name in given.items():
+        if path.is_relative_to(directory):
+            return Path(public_name(name), path.relative_to(directory)).as_posix()
+    return path.name

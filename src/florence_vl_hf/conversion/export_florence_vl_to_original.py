@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..modeling import FlorenceVLConfig
 from ..modeling.configuration_florence_vl import DEFAULT_PROMPT_TOKEN_IDS, IMAGE_FEATURE
-from ..processing import FlorenceVLProcessor
+from ..processing import IMAGE_TOKEN, FlorenceVLProcessor
 from .checkpoint_files import (
     CheckpointError,
     LazyTensor,
@@ -26,7 +26,7 @@ from .checkpoint_files import (
 from .key_mapping import ORIGINAL_TOWER, to_converted, to_original
 from .original_checkpoint import EMBEDDING_TABLES, TOWER_DIRECTORY, check_all_paired, read_tower_tensors, tensor_shapes
 from .original_config import is_first_release, text_config_to_original, tower_config_to_first_release
-from .original_processor import IMAGE_TOKEN, UNUSED_ROW
+from .original_processor import UNUSED_ROW
 
 
 logger = logging.get_logger(__name__)

@@ -21,7 +21,6 @@ from .original_config import (
     tower_settings_from_tensors,
 )
 from .original_processor import add_image_token, build_processor, detect_chat_template, load_original_tokenizer
-from .remote_code import write_remote_code
 
 
 # Where an original checkpoint keeps its tower after pretraining, beside the shards.
@@ -44,7 +43,6 @@ class ConvertedCheckpoint:
     unused: list[str]  # names of stored tensors
     chat_template: str | None  # one of `CHAT_TEMPLATES`; `None` for the one of an adapter's base
     num_added_rows: int = 0  # rows of zeros at the end of the embedding tables
-    cast_to: torch.dtype | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -56,7 +54,6 @@ class ConvertedCheckpoint:
         self.config.save_pretrained(directory)
         self.generation_config.save_pretrained(directory)
         self.processor.save_pretrained(directory)
-        write_remote_code(directory)  # TEMP remote code
 
 
 def read_original(
@@ -149,7 +146,6 @@ def read_original(
         unused=unused,
         chat_template=chat_template,
         num_added_rows=text_config.vocab_size - num_original_rows,
-        cast_to=dtype,
     )
 
 
@@ -174,7 +170,6 @@ def _read_converted(directory: Path, dtype: torch.dtype | None) -> ConvertedChec
         assumptions=[],
         unused=[],
         chat_template=None,
-        cast_to=dtype,
     )
 
 

@@ -9,12 +9,11 @@ from pathlib import Path
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlavaImageProcessorPil, PreTrainedTokenizerBase
 
-from ..processing import FlorenceVLProcessor, load_chat_template
+from ..processing import IMAGE_TOKEN, FlorenceVLProcessor, load_chat_template
 from .checkpoint_files import CheckpointError, read_json
 from .original_config import TowerSettings
 
 
-IMAGE_TOKEN = "<image>"
 # Speakers in the original's conversations, and roles of messages.
 LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 # Name of a row of the embedding table before that of `<image>` which the original's tokenizer does not name.

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from ..modeling.configuration_florence_vl import IMAGE_FEATURE
-from ..processing import FlorenceVLProcessor
+from ..processing import IMAGE_TOKEN, FlorenceVLProcessor
 from .checkpoint_files import CheckpointError
-from .original_processor import IMAGE_TOKEN, LLAVA_ROLES
+from .original_processor import LLAVA_ROLES
 from .reference import RECORD_SCRIPT, Reference, forward_inputs, read_reference
 
 

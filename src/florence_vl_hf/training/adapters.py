@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..conversion import CheckpointError
-from ..conversion.checkpoint_files import CHECKPOINT_FILES, output_directory, read_json, resolve_checkpoint
 from ..conversion.original_config import TEXT_MODEL_TYPES
-from ..conversion.remote_code import write_remote_code
-from ..model_cards import CARD_FILE, is_plain, public_name, write_card
+from ..conversion.checkpoint_files import CHECKPOINT_FILES, output_directory, read_json, resolve_checkpoint
+from ..model_cards import CARD_FILE, MergedCard, read_metadata, read_training, write_card
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
 
@@ -157,40 +155,18 @@ def merge_adapter(
         merged.save_pretrained(folder, max_shard_size=max_shard_size)
         has_processor = (adapter_folder / PROCESSOR_CONFIG).is_file()
         FlorenceVLProcessor.from_pretrained(adapter_folder if has_processor else base_folder).save_pretrained(folder)
-        write_remote_code(folder)
-        processor = FlorenceVLProcessor.from_pretrained(folder)
-        write_card(
-            folder,
-            "merged.md.jinja",
-            ModelCardData(
-                pipeline_tag="image-text-to-text",
-                library_name="transformers",
-                tags=["florence-vl", "florence2"],
-                **_kept_metadata(adapter_folder / CARD_FILE),
-            ),
+        card = MergedCard(
             name=Path(output).name,
-            base_name=public_name(base or config.base_model_name_or_path),
-            adapter_name=public_name(adapter),
             config=merged.config,
-            is_plain=is_plain(processor),
-            image_token=processor.image_token,
-            training=_training_of(adapter_folder / CARD_FILE),
+            processor=FlorenceVLProcessor.from_pretrained(folder),
+            base=base or config.base_model_name_or_path,
+            adapter=adapter,
+            num_parameters=merged.num_parameters(),
+            training=read_training(adapter_folder),
+            adapter_metadata=read_metadata(adapter_folder),
         )
+        write_card(folder, card)
     return merged
-
-
-def _kept_metadata(card: Path) -> dict[str, Any]:
-    """What the card of an adapter says that is true of the merged model too."""
-    told = ModelCard.load(card).data.to_dict() if card.is_file() else {}
-    return {name: told[name] for name in ("license", "language", "datasets") if name in told}
-
-
-def _training_of(card: Path) -> str | None:
-    """What the card of an adapter that `florence-vl train` wrote tells of its training."""
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    found = re.search(r"^## Training$.*?(?=^## Citation$)", text, flags=re.DOTALL | re.MULTILINE)
-    # peft's own draft has a heading of this name too, and nothing under it.
-    return found and "| data | " in found[0] and found[0].strip() or None
 
 
 def _read_adapter_config(folder: Path) -> PeftConfig:

@@ -9,11 +9,10 @@ import accelerate
 import peft
 import torch
 import transformers
-from huggingface_hub import ModelCardData
 from peft import PeftModel
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
-from ..model_cards import is_plain, public_name, write_card
+from ..model_cards import TrainedCard, Training, hub_id, public_name, write_card
 from .arguments import DataArguments, ModelArguments
 from .stages import count_trained
 from .trainer import FlorenceVLTrainer
@@ -51,40 +50,44 @@ def write_training_card(
         evaluations (`Mapping`): By the name of the evaluation set, what was measured on it at the end.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    is_adapter = isinstance(model, PeftModel)
-    processor = trainer.data_collator.processor
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    base_name = public_name(model_arguments.model_name_or_path)
-    results = {
-        name: {key: value for key, value in measured.items() if key not in NOT_A_RESULT}
-        for name, measured in evaluations.items()
-    }
-    write_card(
-        Path(trainer.args.output_dir),
-        "trained.md.jinja",
-        _metadata(model_arguments, data_arguments, is_adapter),
-        name=trainer.args.hub_model_id or Path(trainer.args.output_dir).name,
-        base_name=base_name,
-        is_adapter=is_adapter,
-        is_plain=is_plain(processor),
-        image_token=processor.image_token,
-        do_pad=getattr(processor.image_processor, "do_pad", False),
+    is_best = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
+    lora = {name: p.numel() for name, p in model.named_parameters() if "lora_" in name}
+    copies = sum(p.numel() for name, p in model.named_parameters() if "modules_to_save" in name)
+    trained = count_trained(model)
+    if lora:
+        trained["language_model"] -= sum(lora.values())
+    training = Training(
         stage=model_arguments.stage,
-        trained=count_trained(model),
-        num_parameters=model.num_parameters() if not is_adapter else model.get_base_model().num_parameters(),
-        config=model.config,
-        data_name=public_name(data_arguments.train_file),
+        trained_parameters={part: number for part, number in trained.items() if number},
+        lora_parameters=sum(lora.values()),
+        dataset=public_name(data_arguments.train_file),
         num_samples=len(trainer.train_dataset),
         num_skipped=num_skipped,
+        num_steps=trainer.state.global_step,
+        num_epochs=trainer.state.epoch or 0,
+        best_step=trainer.state.best_global_step if is_best else None,
+        last_loss=losses[-1] if losses else None,
         max_length=data_arguments.max_length,
-        state=trainer.state,
-        is_best=trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None,
-        train_loss=losses[-1] if losses else None,
-        hyperparameters=_hyperparameters(trainer, model_arguments),
+        settings=_hyperparameters(trainer, model_arguments),
         versions={module.__name__: module.__version__ for module in (transformers, torch, accelerate, peft)},
-        evaluations=results,
-        measures=sorted({measure for measured in results.values() for measure in measured}),
+        evaluations={
+            name: {key: value for key, value in measured.items() if key not in NOT_A_RESULT}
+            for name, measured in evaluations.items()
+        },
     )
+    dataset = hub_id(data_arguments.train_file)
+    card = TrainedCard(
+        name=trainer.args.hub_model_id or Path(trainer.args.output_dir).name,
+        config=model.config,
+        processor=trainer.data_collator.processor,
+        base=model_arguments.model_name_or_path,
+        training=training,
+        num_parameters=sum(p.numel() for p in model.parameters()) - sum(lora.values()) - copies,
+        is_adapter=isinstance(model, PeftModel),
+        datasets=[dataset] if dataset else [],
+    )
+    write_card(Path(trainer.args.output_dir), card)
 
 
 def _hyperparameters(trainer: FlorenceVLTrainer, model_arguments: ModelArguments) -> dict[str, Any]:
@@ -93,22 +96,13 @@ def _hyperparameters(trainer: FlorenceVLTrainer, model_arguments: ModelArguments
         settings |= {name: getattr(model_arguments, name) for name in LORA_SETTINGS}
         settings["bits per frozen weight"] = model_arguments.num_bits
     given = {name: value for name, value in settings.items() if value is not None}
-    return extract_hyperparameters_from_trainer(trainer) | given
-
-
-def _metadata(model_arguments: ModelArguments, data_arguments: DataArguments, is_adapter: bool) -> ModelCardData:
-    known = {}
-    # The Hub knows ids; folders of this machine concern nobody.
-    if not Path(model_arguments.model_name_or_path).exists():
-        known["base_model"] = model_arguments.model_name_or_path
-    if not Path(data_arguments.train_file).exists():
-        known["datasets"] = [data_arguments.train_file]
-    return ModelCardData(
-        pipeline_tag="image-text-to-text",
-        library_name="peft" if is_adapter else "transformers",
-        tags=["florence-vl", "florence2", *(["lora"] if is_adapter else [])],
-        **known,
-    )
+    args = trainer.args
+    optimizer = args.optim.value
+    if "adam" in optimizer:
+        optimizer += f", betas ({args.adam_beta1}, {args.adam_beta2}), epsilon {args.adam_epsilon}"
+    if args.optim_args:
+        optimizer += f", {args.optim_args}"
+    return extract_hyperparameters_from_trainer(trainer) | {"optimizer": optimizer} | given
 
 
 __all__ = ["write_training_card"]

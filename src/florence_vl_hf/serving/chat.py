@@ -1,5 +1,5 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""A conversation about pictures, in several turns. The pictures are encoded once."""
+"""A chat of several turns about images, which are encoded once."""
 
 from typing import Any
 
@@ -7,18 +7,18 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from .modeling import FlorenceVLForConditionalGeneration
-from .processing import FlorenceVLProcessor
+from ..modeling import FlorenceVLForConditionalGeneration
+from ..processing import FlorenceVLProcessor
 
 
 class ChatSession:
     """
-    Holds what was said about some pictures so far, and answers the next question.
+    Chat about images, with the history of all turns.
 
     Args:
-        model (`FlorenceVLForConditionalGeneration`): Answers.
+        model (`FlorenceVLForConditionalGeneration`): The model.
         processor (`FlorenceVLProcessor`): Its processor, with a chat template.
-        images (`list`): Pictures of the first turn, as paths, URLs or `PIL.Image`s. There may be none.
+        images (`list`): Images of the first turn, as paths, URLs or `PIL.Image`s. May be empty.
     """
 
     def __init__(
@@ -38,12 +38,12 @@ class ChatSession:
         self, question: str, streamer: BaseStreamer | None = None, generation_config: GenerationConfig | None = None
     ) -> str:
         """
-        Answer a question, and remember both.
+        Answer a question, and add both to the history.
 
         Args:
-            question (`str`): What the user says next.
-            streamer (`BaseStreamer`, *optional*): Is given each token as it comes.
-            generation_config (`GenerationConfig`, *optional*): Instead of the model's own.
+            question (`str`): Text of the user's turn.
+            streamer (`BaseStreamer`, *optional*): Receives each token of the answer when it is generated.
+            generation_config (`GenerationConfig`, *optional*): Replaces the model's own.
         """
         content: list[dict[str, Any]] = [{"type": "text", "text": question}]
         if not self.messages:
@@ -52,11 +52,12 @@ class ChatSession:
         inputs = self.processor.apply_chat_template(
             messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         ).to(self.model.device)
-        # The features take the place of the pixels: the tower does not run again.
+        # Features replace the pixels, so the vision tower does not run again.
         inputs.pop("pixel_values", None)
-        image_inputs = {"mm_encoder_outputs": {"image": self.image_features}} if self.images else {}
-        output_ids = self.model.generate(
-            **inputs, **image_inputs, streamer=streamer, generation_config=generation_config
+        if self.images:
+            inputs["mm_encoder_outputs"] = {"image": self.image_features}
+        output_ids = self.model.generate(  # type: ignore[misc]  # upstream's type of `self`
+            **inputs, streamer=streamer, generation_config=generation_config
         )
         new_ids = output_ids[0, inputs["input_ids"].shape[1] :]
         answer = self.processor.decode(new_ids, skip_special_tokens=True).strip()

@@ -1,26 +1,18 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from transformers import AutoModelForImageTextToText
 
-from florence_vl_hf.cli import main
+from florence_vl_hf.conversion.reference import RECORD_SCRIPT
 
-from .conftest import FIXTURES, status
+from ..conftest import FIXTURES, status
+from .conftest import run
 
 
 LLAMA = FIXTURES / "llama-small"
 
 
-def run(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "florence_vl_hf.cli", *map(str, arguments)]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
-
-
 class TestConvert:
-    def test_folder_that_loads(self, tmp_path, capfd):
+    def test_output_loads(self, tmp_path, capfd):
         output = tmp_path / "out"
         arguments = ["--vision-tower", LLAMA / "vision_tower", "--dtype", "float32", "--max-shard-size", "1MB"]
         assert status("convert", LLAMA / "checkpoint", output, *arguments) == 0
@@ -30,19 +22,20 @@ class TestConvert:
         assert (output / "model.safetensors.index.json").exists()
         assert AutoModelForImageTextToText.from_pretrained(output, dtype="auto").config.image_size == 96
 
-    def test_says_what_it_had_to_assume(self, tmp_path):
+    @pytest.mark.slow
+    def test_says_what_is_assumed(self, tmp_path):
         result = run("convert", LLAMA / "checkpoint", tmp_path / "out")
         assert result.returncode == 0
-        assert "The vision tower has no config.json" in result.stderr
+        assert "config.json" in result.stderr and "--vision-tower" in result.stderr
         assert "577 tokens" in result.stderr
 
     def test_from_the_hub_says_how_to_compare_with_the_original(self, tmp_path, monkeypatch, capfd):
-        downloaded = "florence_vl_hf.conversion.checkpoint_files.snapshot_download"
+        downloaded = "florence_vl_hf.conversion.convert_florence_vl_to_hf.snapshot_download"
         monkeypatch.setattr(downloaded, lambda *_, **__: str(LLAMA / "checkpoint"))
         output, arguments = tmp_path / "out", ["--vision-tower", LLAMA / "vision_tower"]
         assert status("convert", "jiuhai/florence-vl-8b-sft", output, *arguments) == 0
         record, verify = capfd.readouterr().out.strip().split("\n")[-2:]
-        assert "tools/record_reference.py --checkpoint jiuhai/florence-vl-8b-sft" in record
+        assert f"python {RECORD_SCRIPT} --checkpoint jiuhai/florence-vl-8b-sft" in record
         file = record.split()[-1]
         assert verify.strip() == f"florence-vl verify {output} --reference {file}" and file.endswith(".safetensors")
 
@@ -55,7 +48,7 @@ class TestConvert:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["nowhere"], "neither a directory nor the id"),
+            (["nowhere"], "neither a"),
             ([LLAMA / "checkpoint", "--chat-template", "chatml"], "choose one of llama3, phi3, plain, vicuna"),
             ([LLAMA / "checkpoint", "--image-feature-source", "mean"], "give at least one of"),
         ],
@@ -70,28 +63,3 @@ class TestConvert:
     def test_wrong_use(self, tmp_path, capfd):
         assert status("convert", LLAMA / "checkpoint", tmp_path / "out", "--dtype", "int3") == 2
         assert "int3" in capfd.readouterr().err
-        assert status("convert") == 2
-
-    def test_traceback_on_demand(self, tmp_path):
-        with pytest.raises(ValueError, match="neither a directory"):
-            main(["--traceback", "convert", "nowhere", str(tmp_path / "out")])
-
-
-class TestChat:
-    def test_streams_answers_of_several_turns(self, tmp_path):
-        assert run("convert", FIXTURES / "phi-small" / "checkpoint", tmp_path / "out").returncode == 0
-        image = FIXTURES / "phi-small" / "images" / "odd.jpg"
-        result = run("chat", tmp_path / "out", image, "--max-new-tokens", "4", stdin="What is it?\nSure?\n/exit\n")
-        assert result.returncode == 0, result.stderr
-        lines = result.stdout.split("\n")
-        assert lines[0] == "> What is it?" and "> Sure?" in lines and lines[-2] == "> /exit"
-        assert lines[1]
-
-    def test_missing_picture(self, capfd):
-        assert status("chat", "anywhere", "no-such-picture.png") == 2
-        assert "no-such-picture.png" in capfd.readouterr().err
-
-    def test_missing_model(self, tmp_path, capfd):
-        (tmp_path / "empty").mkdir()
-        assert status("chat", tmp_path / "empty") == 1
-        assert capfd.readouterr().err.strip().split("\n")[-1].startswith("florence-vl: error: ")
