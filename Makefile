@@ -48,7 +48,7 @@ quickstart: $(VENV)/installed
 # Teach the quickstart's model a new question with LoRA, through `florence-vl train`.
 new-question: $(VENV)/installed quickstart-output
 	$(VENV)/bin/python examples/quickstart/new_question.py draw --output quickstart-question
-	$(VENV)/bin/florence-vl train quickstart_lora
+	$(VENV)/bin/florence-vl train examples/quickstart/quickstart_lora.yaml
 	$(VENV)/bin/python examples/quickstart/new_question.py compare quickstart-lora
 
 quickstart-output:

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from florence_vl_hf.conversion import CheckpointError, convert
-from florence_vl_hf.conversion.remote_code import write_remote_code  # TEMP
 from florence_vl_hf.hub import push
 
 from .conftest import FIXTURES, Golden, status
@@ -214,7 +213,7 @@ class TestCard:
     def test_saved_model_gets_one(self, complete, hub, tmp_path, caplog):
         AutoModelForImageTextToText.from_pretrained(complete).save_pretrained(tmp_path)
         AutoProcessor.from_pretrained(complete).save_pretrained(tmp_path)
-        write_remote_code(tmp_path)  # TEMP
+
         assert set(push(tmp_path, "someone/florence")) == hub.uploaded == SMALL_FILES | {"model.safetensors"}
         card = ModelCard.load(tmp_path / "README.md")
         assert "# someone/florence" in card.text and card.data.library_name == "transformers"

@@ -320,7 +320,7 @@ class TestCommand:
         ("arguments", "code", "message"),
         [
             (["--prompt", "locate"], 2, "NAME="),
-            (["--prompt", "image=What?"], 1, "A prompt is called 'image'"),
+            (["--prompt", "image=What?"], 1, "A prompt is named 'image'"),
             (["--features", "image,locate"], 1, "give one or more of"),
             (["--fusion", "sum"], 2, "sum"),
             (["--chat-template", "chatml"], 1, "choose one of"),

@@ -82,9 +82,15 @@ def test_same_configuration_as_after_a_conversion(original, converted):
         }
 
 
+def without_auto_map(settings: dict) -> dict:
+    """`save_pretrained` adds `auto_map` to the processor that it saves."""
+    nested = {name: without_auto_map(value) if isinstance(value, dict) else value for name, value in settings.items()}
+    return {name: value for name, value in nested.items() if name != "auto_map"}
+
+
 def test_same_processor_as_after_a_conversion(original, processor):
     _, loaded = load_original(original)
-    assert loaded.to_dict() == processor.to_dict()
+    assert without_auto_map(loaded.to_dict()) == without_auto_map(processor.to_dict())
     assert loaded.chat_template == processor.chat_template
     assert loaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
 

@@ -147,7 +147,7 @@ class TestBrokenModels:
         assert not agrees(results)
 
     def test_one_prompt(self, broken_model, llama_processor):
-        broken_model.model.prompts.input_ids[1, 3] += 1
+        broken_model.model.vision_tower.prompts.input_ids[1, 3] += 1
         of_features = [name for name in failed(verify(broken_model, llama_processor, REFERENCE)) if "V" in name]
         assert of_features == ["V't2 (ocr)"]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
+from transformers.dynamic_module_utils import custom_object_save
 
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
@@ -54,6 +55,8 @@ class ConvertedCheckpoint:
         self.config.save_pretrained(directory)
         self.generation_config.save_pretrained(directory)
         self.processor.save_pretrained(directory)
+        # Configuration and processor copied their modules. No model is saved that would copy its own.
+        custom_object_save(FlorenceVLForConditionalGeneration, directory)
 
 
 def read_original(

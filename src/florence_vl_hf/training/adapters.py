@@ -12,8 +12,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..conversion import CheckpointError
-from ..conversion.original_config import TEXT_MODEL_TYPES
 from ..conversion.checkpoint_files import CHECKPOINT_FILES, output_directory, read_json, resolve_checkpoint
+from ..conversion.original_config import TEXT_MODEL_TYPES
 from ..model_cards import CARD_FILE, MergedCard, read_metadata, read_training, write_card
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor

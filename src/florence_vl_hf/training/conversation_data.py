@@ -19,8 +19,8 @@ from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 from transformers.image_utils import load_image
 
-from ..conversion.original_processor import IMAGE_TOKEN
 from ..conversion.original_processor import LLAVA_ROLES as ROLES
+from ..processing import IMAGE_TOKEN
 
 
 # Part of the key of what `datasets` caches: raise it when the same file is to give other rows.

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..conversion.remote_code import write_remote_code
 from .arguments import FlorenceVLTrainingArguments
 from .collator import IGNORED_LABEL, FlorenceVLCollator
 from .stages import parameter_groups
@@ -228,13 +227,6 @@ class FlorenceVLTrainer(Trainer):
         """How often all processes together left a broken sample out. All of them must ask."""
         counted = torch.tensor(self.data_collator.num_skipped, device=self.args.device)
         return int(self.accelerator.reduce(counted, reduction="sum"))
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `Trainer`; a whole model's folder also gets the code that it loads with where this package is not."""
-        super().save_model(output_dir, _internal_call)
-        is_whole = isinstance(self.accelerator.unwrap_model(self.model), PreTrainedModel)
-        if is_whole and self.args.should_save:
-            write_remote_code(output_dir or self.args.output_dir)
 
 
 __all__ = ["AnswerMetric", "FlorenceVLTrainer", "exact_match"]
