@@ -1,5 +1,5 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Data to train on: pictures and conversations in files, and settings of quick runs."""
+"""Data to train on: images and conversations in files, and settings of quick runs."""
 
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from ..conftest import Golden
 
 
 @pytest.fixture
-def picture_folder(tmp_path: Path) -> Path:
-    """A folder with two pictures, one of them deeper: `a.png` of 8 x 6 pixels, `deep/ü b.jpg` of 5 x 7."""
-    folder = tmp_path / "pictures"
+def image_folder(tmp_path: Path) -> Path:
+    """A directory with two images: `a.png` of 8 x 6 pixels and `deep/ü b.jpg` of 5 x 7."""
+    folder = tmp_path / "images"
     (folder / "deep").mkdir(parents=True)
     Image.new("RGB", (8, 6), "red").save(folder / "a.png")
     Image.new("L", (5, 7)).save(folder / "deep" / "ü b.jpg")

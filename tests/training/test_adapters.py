@@ -23,6 +23,7 @@ from transformers import (
 from florence_vl_hf import FlorenceVLForConditionalGeneration
 from florence_vl_hf.conversion import CheckpointError
 from florence_vl_hf.training.adapters import lora_config, lora_target_modules, merge_adapter, quantization_config
+from florence_vl_hf.training.base_model import load_original
 
 from ..conftest import FIXTURES, status, tiny_inputs, tiny_model
 
@@ -44,7 +45,7 @@ def text_config(model_type: str, hidden_size: int = 32, **changes: Any) -> dict[
 
 
 def random_lora(model: FlorenceVLForConditionalGeneration, **settings: Any) -> PeftModel:
-    """Adapted from the start on: LoRA begins as no change otherwise."""
+    """LoRA with random weights; by default it changes nothing at first."""
     torch.manual_seed(1)
     settings = {"init_lora_weights": False, **settings}
     wrapped = get_peft_model(model, lora_config(model, rank=4, alpha=1, dropout=0.0, **settings))
@@ -55,10 +56,10 @@ def random_lora(model: FlorenceVLForConditionalGeneration, **settings: Any) -> P
     return wrapped
 
 
-def labelled_inputs(model: nn.Module, images_per_row: list[int]) -> dict[str, torch.Tensor]:
-    inputs = tiny_inputs(model.config, images_per_row)
-    said = (inputs["attention_mask"] == 1) & (inputs["input_ids"] != model.config.image_token_id)
-    return {**inputs, "labels": inputs["input_ids"].masked_fill(~said, -100)}
+def labelled_inputs(model: nn.Module, images_per_sample: list[int]) -> dict[str, torch.Tensor]:
+    inputs = tiny_inputs(model.config, images_per_sample)
+    learned = (inputs["attention_mask"] == 1) & (inputs["input_ids"] != model.config.image_token_id)
+    return {**inputs, "labels": inputs["input_ids"].masked_fill(~learned, -100)}
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -67,7 +68,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def assert_same_logits(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """But for the rounding of float32, which grows with the logits."""
+    """Except for float32 rounding, which grows with the logits."""
     torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
 
 
@@ -75,16 +76,18 @@ class TestLora:
     @pytest.mark.parametrize("model_type", LINEAR_LAYERS)
     def test_changes_exactly_the_linear_layers_of_the_language_model(self, model_type):
         model = tiny_model(text_config=text_config(model_type))
-        wanted = {f"{LANGUAGE_MODEL}.layers.{i}.{name}" for i in range(2) for name in LINEAR_LAYERS[model_type]}
-        assert set(get_peft_model(model, lora_config(model)).targeted_module_names) == wanted
+        expected_names = {
+            f"{LANGUAGE_MODEL}.layers.{i}.{name}" for i in range(2) for name in LINEAR_LAYERS[model_type]
+        }
+        assert set(get_peft_model(model, lora_config(model)).targeted_module_names) == expected_names
 
     def test_bare_model(self):
         model = tiny_model().model
         wrapped = get_peft_model(model, lora_config(model))
-        wanted = {f"language_model.layers.{i}.{name}" for i in range(2) for name in LINEAR_LAYERS["llama"]}
-        assert set(wrapped.targeted_module_names) == wanted
+        expected_names = {f"language_model.layers.{i}.{name}" for i in range(2) for name in LINEAR_LAYERS["llama"]}
+        assert set(wrapped.targeted_module_names) == expected_names
 
-    def test_numbers_of_the_original(self):
+    def test_settings_of_the_original(self):
         config = lora_config(tiny_model())
         assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (64, 16, 0.05, "none")
         assert config.modules_to_save is None
@@ -94,13 +97,13 @@ class TestLora:
         model = random_lora(tiny_model(), train_projector=train_projector).train()
         model(**labelled_inputs(model, [1, 1])).loss.backward()
         with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-        wanted = {name for name, _ in model.named_parameters() if LANGUAGE_MODEL in name and ".lora_" in name}
-        assert len(wanted) == 2 * 2 * len(LINEAR_LAYERS["llama"])
+        expected_names = {name for name, _ in model.named_parameters() if LANGUAGE_MODEL in name and ".lora_" in name}
+        assert len(expected_names) == 2 * 2 * len(LINEAR_LAYERS["llama"])
         if train_projector:
             trained_copy = f"base_model.model.{PROJECTOR}.modules_to_save."
-            wanted |= {name for name, _ in model.named_parameters() if name.startswith(trained_copy)}
-            assert sum("modules_to_save" in name for name in wanted) == 2 * 3
-        assert with_gradient == {name for name, p in model.named_parameters() if p.requires_grad} == wanted
+            expected_names |= {name for name, _ in model.named_parameters() if name.startswith(trained_copy)}
+            assert sum("modules_to_save" in name for name in expected_names) == 2 * 3
+        assert with_gradient == {name for name, p in model.named_parameters() if p.requires_grad} == expected_names
 
     def test_experts_are_named_and_can_be_reached(self, monkeypatch):
         warned = []
@@ -128,7 +131,7 @@ class TestLora:
 
 
 class TestCheckpointing:
-    """The Trainer and peft hook all embeddings, the frozen tower's too, so that checkpointed layers see gradients."""
+    """For checkpointing, Trainer and peft make all embeddings require gradients, also those of a frozen tower."""
 
     @staticmethod
     def gradients(tmp_path: Path, **settings: Any) -> dict[str, torch.Tensor]:
@@ -198,18 +201,18 @@ class TestSavedAdapter:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a model that bitsandbytes takes: a hidden size of 32 does not fill a block of 4-bit weights."""
-    folder = tmp_path_factory.mktemp("to_quantize")
-    tiny_model(text_config=text_config("llama", hidden_size=128, intermediate_size=128)).save_pretrained(folder)
-    return folder
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose hidden size fills a block of 4-bit weights of bitsandbytes; 32 does not."""
+    directory = tmp_path_factory.mktemp("to_quantize")
+    tiny_model(text_config=text_config("llama", hidden_size=128, intermediate_size=128)).save_pretrained(directory)
+    return directory
 
 
 class TestQuantization:
     @pytest.mark.parametrize("bits", [4, 8])
     @pytest.mark.parametrize("auto_class", [AutoModelForImageTextToText, AutoModel])
-    def test_quantizes_exactly_the_language_model(self, bits, auto_class, folder):
-        model = auto_class.from_pretrained(folder, quantization_config=quantization_config(bits), device_map="cpu")
+    def test_quantizes_exactly_the_language_model(self, bits, auto_class, directory):
+        model = auto_class.from_pretrained(directory, quantization_config=quantization_config(bits), device_map="cpu")
         kind = {4: bitsandbytes.nn.Linear4bit, 8: bitsandbytes.nn.Linear8bitLt}[bits]
         quantized = {name for name, module in model.named_modules() if isinstance(module, kind)}
         prefix = "" if auto_class is AutoModel else "model."
@@ -217,15 +220,17 @@ class TestQuantization:
         assert quantized == layers
         assert set(get_peft_model(model, lora_config(model)).targeted_module_names) == layers
 
-    def test_each_entry_is_needed(self, folder):
-        """Without the list, or with the parts' names alone, more is quantized: what the other tests lean on."""
+    def test_each_entry_is_needed(self, directory):
+        """Without the list, or with only the names of the parts, more is quantized."""
         for skipped, expected in ((None, "model.vision_tower."), (["vision_tower"], "lm_head")):
             config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
-            model = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config, device_map="cpu")
+            model = AutoModelForImageTextToText.from_pretrained(
+                directory, quantization_config=config, device_map="cpu"
+            )
             kind = bitsandbytes.nn.Linear8bitLt
             assert any(name.startswith(expected) for name, m in model.named_modules() if isinstance(m, kind))
 
-    def test_four_bits_as_in_qlora(self):
+    def test_four_bits_are_those_of_qlora(self):
         config = quantization_config(4, compute_dtype=torch.float16)
         assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("nf4", True)
         assert config.bnb_4bit_compute_dtype == torch.float16
@@ -235,9 +240,9 @@ class TestQuantization:
             quantization_config(3)
 
     @pytest.mark.parametrize("bits", [4, 8])
-    def test_learns_and_merges_onto_the_unquantized_base(self, bits, folder, tmp_path):
+    def test_learns_and_merges_onto_the_unquantized_base(self, bits, directory, tmp_path):
         config = quantization_config(bits, compute_dtype=torch.float32)
-        model = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config, device_map="cpu")
+        model = AutoModelForImageTextToText.from_pretrained(directory, quantization_config=config, device_map="cpu")
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
         model = get_peft_model(model, lora_config(model, rank=4, dropout=0.0, train_projector=True)).train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
@@ -252,7 +257,7 @@ class TestQuantization:
         assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.1
 
         model.save_pretrained(tmp_path / "adapter")
-        plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(folder), tmp_path / "adapter")
+        plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(directory), tmp_path / "adapter")
         torch.testing.assert_close(logits(plain), logits(model), atol=0.5, rtol=0)
         merged = plain.merge_and_unload()
         assert not any("bitsandbytes" in type(module).__module__ for module in merged.modules())
@@ -261,18 +266,18 @@ class TestQuantization:
 class TestMerge:
     @pytest.fixture
     def adapter(self, converted, processor, tmp_path) -> Path:
-        """As a trainer leaves it: the adapter, the processor and a model card."""
+        """As peft saves it: the adapter and a model card."""
         model = AutoModelForImageTextToText.from_pretrained(converted, dtype=torch.float32)
-        folder = tmp_path / "adapter"
-        random_lora(model, train_projector=True).save_pretrained(folder)
-        return folder
+        directory = tmp_path / "adapter"
+        random_lora(model, train_projector=True).save_pretrained(directory)
+        return directory
 
     @pytest.fixture
     def expected(self, converted, adapter) -> torch.Tensor:
         model = AutoModelForImageTextToText.from_pretrained(converted, dtype=torch.float32)
         return logits(PeftModel.from_pretrained(model, adapter))
 
-    def test_writes_a_complete_folder(self, adapter, expected, converted, tmp_path, capfd):
+    def test_writes_a_complete_model(self, adapter, expected, converted, tmp_path, capfd):
         output = tmp_path / "merged"
         arguments = ["--dtype", "float32", "--max-shard-size", "200KB"]
         assert status("merge", adapter, output, *arguments) == 0
@@ -288,19 +293,17 @@ class TestMerge:
         base = AutoModelForImageTextToText.from_pretrained(converted, dtype=torch.float32)
         assert not torch.allclose(logits(base), expected, atol=1e-3)
         assert model.generation_config.to_dict() == base.generation_config.to_dict()
-        processors = [AutoProcessor.from_pretrained(folder) for folder in (output, converted)]
+        processors = [AutoProcessor.from_pretrained(directory) for directory in (output, converted)]
         assert processors[0].to_dict() == processors[1].to_dict()
         assert processors[0].chat_template == processors[1].chat_template
 
-    def test_keeps_the_type_of_the_base(self, adapter, converted, tmp_path):
+    def test_keeps_the_dtype_of_the_base(self, adapter, converted, tmp_path):
         merged = merge_adapter(adapter, tmp_path / "merged", base=converted)
         stored = AutoModelForImageTextToText.from_pretrained(converted, dtype="auto")
         dtypes = {name: p.dtype for name, p in merged.named_parameters()}
         assert dtypes == {name: p.dtype for name, p in stored.named_parameters()}
 
-    def test_processor_of_the_adapter_comes_along_and_what_its_card_says_of_both(
-        self, adapter, processor, converted, tmp_path
-    ):
+    def test_uses_the_processor_of_the_adapter_and_metadata_of_its_card(self, adapter, processor, converted, tmp_path):
         own = AutoProcessor.from_pretrained(converted)
         own.chat_template = "{{ 'trained with this' }}"
         own.save_pretrained(adapter)
@@ -309,11 +312,11 @@ class TestMerge:
         assert AutoProcessor.from_pretrained(tmp_path / "merged").chat_template == own.chat_template
         card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
         assert "library_name: transformers" in card and "license: mit" in card
-        # It is about another thing than the merged model.
-        assert "# Trained" not in card and "AutoModelForImageTextToText" in card
+        # The text describes the adapter, and nothing is known about its training.
+        assert "# Trained" not in card and "## Training" not in card and "AutoModelForImageTextToText" in card
 
     @pytest.mark.parametrize("settings", [{"use_dora": True}, {"use_rslora": True}, {"init_lora_weights": "pissa"}])
-    def test_leaves_variants_to_peft(self, settings, tmp_path, converted):
+    def test_variants_of_lora(self, settings, tmp_path, converted):
         model = AutoModelForImageTextToText.from_pretrained(converted, dtype=torch.float32)
         wrapped = random_lora(model, **settings)
         with torch.no_grad():
@@ -326,7 +329,8 @@ class TestMerge:
 
     def test_onto_an_original_checkpoint(self, tmp_path):
         original = FIXTURES / "phi-small" / "checkpoint"
-        wrapped = random_lora(AutoModelForImageTextToText.from_pretrained(original, dtype=torch.float32))
+        model, _ = load_original(original, dtype=torch.float32)
+        wrapped = random_lora(model)
         wrapped.save_pretrained(tmp_path / "adapter")
         merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=original, dtype=torch.float32)
         merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
@@ -336,11 +340,11 @@ class TestMerge:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("saved")
-    tiny_model().save_pretrained(folder / "base")
-    model = AutoModelForImageTextToText.from_pretrained(folder / "base")
-    random_lora(model).save_pretrained(folder / "adapter")
-    return folder
+    directory = tmp_path_factory.mktemp("saved")
+    tiny_model().save_pretrained(directory / "base")
+    model = AutoModelForImageTextToText.from_pretrained(directory / "base")
+    random_lora(model).save_pretrained(directory / "adapter")
+    return directory
 
 
 class TestMergeRefuses:
@@ -352,9 +356,9 @@ class TestMergeRefuses:
 
     @pytest.fixture
     def adapter(self, saved, base, tmp_path) -> Path:
-        folder = Path(shutil.copytree(saved / "adapter", tmp_path / "adapter"))
-        self.edit(folder / "adapter_config.json", base_model_name_or_path=str(base))
-        return folder
+        directory = Path(shutil.copytree(saved / "adapter", tmp_path / "adapter"))
+        self.edit(directory / "adapter_config.json", base_model_name_or_path=str(base))
+        return directory
 
     @staticmethod
     def refuses(adapter: Path, message: str, **settings: Any) -> None:
@@ -367,11 +371,11 @@ class TestMergeRefuses:
     def edit(path: Path, **changes: Any) -> None:
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
-    def test_folder_without_an_adapter(self, base):
+    def test_directory_without_an_adapter(self, base):
         self.refuses(base, "has no adapter_config.json")
 
-    def test_no_folder(self, tmp_path):
-        self.refuses(tmp_path / "nowhere", "neither a folder nor the id")
+    def test_no_directory(self, tmp_path):
+        self.refuses(tmp_path / "nowhere", "neither a (folder|directory) nor the id")
 
     def test_adapter_of_the_original(self, adapter):
         torch.save({}, adapter / "non_lora_trainables.bin")
@@ -385,15 +389,15 @@ class TestMergeRefuses:
 
     def test_unknown_kind_of_adapter(self, adapter):
         self.edit(adapter / "adapter_config.json", peft_type="NEWER")
-        self.refuses(adapter, "not one that the installed peft reads")
+        self.refuses(adapter, "installed peft cannot read")
 
     def test_no_base_named(self, adapter):
         self.edit(adapter / "adapter_config.json", base_model_name_or_path=None)
-        self.refuses(adapter, "names no base model; name it, with `--base`")
+        self.refuses(adapter, "names no base model; give it, with `--base`")
 
     def test_base_moved_away(self, adapter, base):
         shutil.move(base, base.with_name("elsewhere"))
-        self.refuses(adapter, "names it as the base; name another, with `--base`")
+        self.refuses(adapter, "base model in adapter_config.json; give another one with `--base`")
 
     def test_base_of_another_kind(self, adapter, base):
         self.edit(base / "config.json", model_type="llava")
@@ -405,26 +409,26 @@ class TestMergeRefuses:
 
     def test_base_of_another_size(self, adapter, tmp_path):
         tiny_model(text_config=text_config("llama", hidden_size=64)).save_pretrained(tmp_path / "larger")
-        self.refuses(adapter, "cannot be merged into .*larger", base=tmp_path / "larger")
+        self.refuses(adapter, "does not fit .*larger", base=tmp_path / "larger")
 
     def test_base_of_another_family(self, adapter, tmp_path):
         tiny_model(text_config=text_config("phi3")).save_pretrained(tmp_path / "phi")
-        self.refuses(adapter, "cannot be merged into .*phi", base=tmp_path / "phi")
+        self.refuses(adapter, "does not fit .*phi", base=tmp_path / "phi")
 
     def test_too_few_and_too_many_tensors(self, adapter):
         path = adapter / "adapter_model.safetensors"
-        whole = load_file(path)
-        name = next(iter(whole))
-        save_file({key: value for key, value in whole.items() if key != name}, path)
-        self.refuses(adapter, "1 tensors are missing or have no place")
-        save_file({**whole, name.replace("layers.0", "layers.7"): whole[name].clone()}, path)
-        self.refuses(adapter, "1 tensors are missing or have no place, such as .*layers.7")
+        complete = load_file(path)
+        name = next(iter(complete))
+        save_file({key: value for key, value in complete.items() if key != name}, path)
+        self.refuses(adapter, "1 tensors are missing or unexpected")
+        save_file({**complete, name.replace("layers.0", "layers.7"): complete[name].clone()}, path)
+        self.refuses(adapter, "1 tensors are missing or unexpected, such as .*layers.7")
 
     def test_not_a_number(self, adapter):
         path = adapter / "adapter_model.safetensors"
-        whole = load_file(path)
-        whole[next(iter(whole))][0, 0] = float("nan")
-        save_file(whole, path)
+        complete = load_file(path)
+        complete[next(iter(complete))][0, 0] = float("nan")
+        save_file(complete, path)
         self.refuses(adapter, "NaNs detected")
 
     def test_adapter_that_is_no_lora(self, base, tmp_path):

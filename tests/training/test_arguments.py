@@ -4,27 +4,26 @@ from pathlib import Path
 import pytest
 
 from florence_vl_hf import FlorenceVLConfig
-from florence_vl_hf.training import read_recipe
-from florence_vl_hf.training.arguments import parse_recipe
+from florence_vl_hf.training import RECIPES, find_recipe, read_recipe
+from florence_vl_hf.training.arguments import CHECKPOINTING, parse_recipe
 
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-# Recipes ask for bfloat16, which Transformers checks the machine for.
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "quickstart_lora.yaml"
+# Recipes request bfloat16, which Transformers refuses on a machine without it.
 ON_CPU = {"use_cpu": True}
 
 
 def recipe_files() -> list[str]:
-    return sorted(
-        path.relative_to(RECIPES).as_posix() for path in RECIPES.glob("**/*.yaml") if "accelerate" not in path.parts
-    )
+    files = [path for path in RECIPES.glob("**/*.yaml") if "accelerate" not in path.parts]
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in files)
 
 
 def parsed(name: str):
-    return parse_recipe(read_recipe(RECIPES / name) | ON_CPU)
+    return parse_recipe(read_recipe(name) | ON_CPU)
 
 
 class TestRecipes:
-    @pytest.mark.parametrize("name", recipe_files())
+    @pytest.mark.parametrize("name", [*recipe_files(), QUICKSTART])
     def test_can_be_read(self, name):
         model, data, args = parsed(name)
         assert model.model_name_or_path and data.train_file and args.output_dir
@@ -34,11 +33,9 @@ class TestRecipes:
         ablations = ["fusion_token", "fusion_average", "features_image_only"]
         ablations += [f"features_without_{name}" for name in ("caption", "ocr", "grounding")]
         names = ["pretrain_8b", "pretrain_3b", "finetune_8b", "finetune_3b", "lora_8b", "qlora_8b", "projector_8b"]
-        assert {*(f"{name}.yaml" for name in names), *(f"ablations/{name}.yaml" for name in ablations)} <= set(
-            recipe_files()
-        )
+        assert {*names, *(f"ablations/{name}" for name in ablations)} == set(recipe_files())
 
-    # The paper's table: stage, learning rate, batch of a GPU, accumulation, epochs, format, padded pictures.
+    # The paper's table: stage, learning rate, batch size per GPU, accumulation, epochs, chat template, padding.
     @pytest.mark.parametrize(
         ("name", "settings"),
         [
@@ -49,7 +46,7 @@ class TestRecipes:
         ],
     )
     def test_the_papers_four(self, name, settings):
-        model, data, args = parsed(f"{name}.yaml")
+        model, data, args = parsed(name)
         assert settings == (
             model.stage,
             args.learning_rate,
@@ -65,7 +62,7 @@ class TestRecipes:
         assert args.train_sampling_strategy == ("group_by_length" if model.stage == "finetune" else "random")
 
     def test_lora_has_the_originals_numbers(self):
-        for name, num_bits in (("lora_8b.yaml", None), ("qlora_8b.yaml", 4)):
+        for name, num_bits in (("lora_8b", None), ("qlora_8b", 4)):
             model, _, _ = parsed(name)
             assert (model.lora_r, model.lora_alpha, model.lora_dropout, model.num_bits) == (64, 16, 0.05, num_bits)
             assert model.use_peft
@@ -80,7 +77,7 @@ class TestRecipes:
         ],
     )
     def test_ablations_are_those_of_the_paper(self, name, num_image_tokens, fused_hidden_size):
-        model, _, _ = parsed(f"ablations/{name}.yaml")
+        model, _, _ = parsed(f"ablations/{name}")
         given = {"fusion_strategy": model.fusion_strategy, "fusion_features": model.fusion_features}
         config = FlorenceVLConfig(**{key: value for key, value in given.items() if value is not None})
         assert (config.num_image_tokens, config.fused_hidden_size) == (num_image_tokens, fused_hidden_size)
@@ -92,7 +89,7 @@ class TestReadRecipe:
         path.write_text(text, encoding="utf-8")
         return path
 
-    def test_changes_come_last(self, tmp_path):
+    def test_overrides_come_last(self, tmp_path):
         self.write(tmp_path, "base.yaml", "learning_rate: 1\nseed: 1\nstage: pretrain\n")
         path = self.write(tmp_path, "own.yaml", "extends: base.yaml\nseed: 2\nstage: finetune\n")
         assert read_recipe(path, ["stage=projector", "fusion_features=[image, ocr]"]) == {
@@ -119,16 +116,36 @@ class TestReadRecipe:
         ("text", "message"),
         [
             ("extends: own.yaml\n", "own.yaml extends itself"),
-            ("extends: other.yaml\n", "no recipe .*other.yaml"),
-            ("- a\n- b\n", "own.yaml is no recipe"),
-            ("a: [1\n", "own.yaml is no YAML"),
+            ("extends: other.yaml\n", "no recipe other.yaml; .*finetune_8b, lora_8b"),
+            ("- a\n- b\n", "own.yaml is not a recipe"),
+            ("a: [1\n", "own.yaml is not YAML"),
         ],
     )
-    def test_what_is_no_recipe(self, tmp_path, text, message):
+    def test_file_that_is_not_a_recipe(self, tmp_path, text, message):
         with pytest.raises(ValueError, match=message):
             read_recipe(self.write(tmp_path, "own.yaml", text))
 
-    def test_a_change_without_value(self, tmp_path):
+    def test_recipe_of_the_package_by_name(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert find_recipe("lora_8b") == find_recipe("lora_8b.yaml") == RECIPES / "lora_8b.yaml"
+        assert find_recipe("accelerate/ddp") == RECIPES / "accelerate" / "ddp.yaml"
+        assert read_recipe("ablations/fusion_token")["fusion_strategy"] == "token"
+        path = self.write(tmp_path, "own.yaml", "extends: lora_8b\nlora_r: 8\n")
+        assert read_recipe(path) == read_recipe("lora_8b") | {"lora_r": 8}
+
+    def test_an_existing_path_takes_precedence(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        self.write(tmp_path, "lora_8b.yaml", "seed: 1\n")
+        assert read_recipe("lora_8b.yaml") == {"seed": 1}
+        # A directory is not a recipe.
+        (tmp_path / "lora_8b").mkdir()
+        assert read_recipe("lora_8b")["use_peft"] is True
+        # Relative to the recipe that extends it, not to the current directory.
+        (tmp_path / "deeper").mkdir()
+        self.write(tmp_path / "deeper", "lora_8b.yaml", "seed: 2\n")
+        assert read_recipe(self.write(tmp_path / "deeper", "own.yaml", "extends: lora_8b.yaml\n")) == {"seed": 2}
+
+    def test_an_override_without_value(self, tmp_path):
         with pytest.raises(ValueError, match="'seed'.*key=value"):
             read_recipe(self.write(tmp_path, "own.yaml", "seed: 1\n"), ["seed"])
 
@@ -144,6 +161,19 @@ class TestParseRecipe:
         assert data.eval_files == {"a": "a.json", "b": "b.json"}
         assert args.projector_learning_rate is None
 
+    def test_numbers_and_single_values(self):
+        given = {"learning_rate": 1, "run_name": 2024, "fusion_features": "image", "max_steps": "5"}
+        model, _, args = parse_recipe(self.needed | given)
+        assert (args.learning_rate, args.run_name, args.max_steps) == (1.0, "2024", 5)
+        assert isinstance(args.learning_rate, float) and model.fusion_features == ["image"]
+
+    @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+    def test_both_names_of_checkpointing(self, name, recwarn):
+        _, _, args = parse_recipe(self.needed | {name: True, f"{name}_kwargs": {"use_reentrant": False}})
+        assert getattr(args, CHECKPOINTING) is args.gradient_checkpointing is True
+        assert getattr(args, f"{CHECKPOINTING}_kwargs") == {"use_reentrant": False}
+        assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
+
     def test_text_that_looks_like_an_option(self):
         _, data, _ = parse_recipe(self.needed | {"train_file": "--odd name"})
         assert data.train_file == "--odd name"
@@ -152,15 +182,24 @@ class TestParseRecipe:
         ("given", "message"),
         [
             ({"learning_rat": 1}, "'learning_rat'; did you mean 'learning_rate'"),
-            ({"learning_rate": "fast"}, "learning_rate.*'fast'"),
+            ({"learning_rate": "fast"}, "learning_rate: 'fast'.*expected float"),
+            ({"lora_r": "many"}, "lora_r: 'many'.*expected int"),
+            ({"max_steps": 1.5}, "max_steps: 1.5.*expected int"),
+            ({"max_steps": True}, "max_steps: True.*expected int"),
+            ({"bf16": "perhaps"}, "bf16: 'perhaps'.*expected bool"),
+            ({"dtype": "int8"}, "dtype: 'int8'.*'bfloat16'"),
+            ({"eval_strategy": "sometimes"}, "sometimes.*'steps'"),
+            ({"fusion_features": [1]}, r"fusion_features: \[1\].*list\[str\]"),
+            ({"eval_file": {"a": 1}}, "eval_file.*dict"),
+            ({"lr_scheduler_kwargs": [1]}, "lr_scheduler_kwargs"),
             ({"stage": "all"}, "stage.*'all'.*'finetune'"),
             ({"on_error": "ignore"}, "on_error.*'ignore'"),
             ({"load_in_4bit": True}, "4 bits cannot be trained.*use_peft"),
             ({"load_in_4bit": True, "load_in_8bit": True, "use_peft": True}, "both"),
             ({"use_peft": True, "fusion_strategy": "average"}, "another fusion together with `use_peft`"),
             ({"max_length": 0}, "max_length: 0"),
-            ({"use_peft": True, "stage": "pretrain"}, "'pretrain' trains the vision tower.*`finetune`"),
-            ({"use_peft": True, "stage": "projector"}, "nothing for LoRA"),
+            ({"use_peft": True, "stage": "pretrain"}, "'pretrain'.*vision tower.*`finetune`"),
+            ({"use_peft": True, "stage": "projector"}, "'projector': LoRA trains the language model"),
         ],
     )
     def test_wrong_settings(self, given, message):

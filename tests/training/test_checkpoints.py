@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from florence_vl_hf.training.checkpoints import last_complete_checkpoint
 
 
-def write_checkpoint(folder: Path, step: int) -> Path:
-    checkpoint = folder / f"checkpoint-{step}"
+def write_checkpoint(directory: Path, step: int) -> Path:
+    checkpoint = directory / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True)
     save_file({"weight": torch.ones(4)}, checkpoint / "model.safetensors")
     for name in ("optimizer.pt", "rng_state_0.pth", "rng_state_1.pth"):
@@ -27,14 +27,14 @@ def cut(path: Path) -> None:
 
 
 DAMAGES = {
-    "no state": lambda folder: (folder / "trainer_state.json").unlink(),
-    "half a state": lambda folder: cut(folder / "trainer_state.json"),
-    "half the weights": lambda folder: cut(folder / "model.safetensors"),
-    "half an optimizer": lambda folder: cut(folder / "optimizer.pt"),
-    "empty random state": lambda folder: (folder / "rng_state_1.pth").write_bytes(b""),
-    "missing random state": lambda folder: (folder / "rng_state_0.pth").unlink(),
-    "shards without their metadata": lambda folder: (folder / "pytorch_model_fsdp_0" / ".metadata").unlink(),
-    "state of another step": lambda folder: (folder / "trainer_state.json").write_text('{"global_step": 1}'),
+    "no state": lambda directory: (directory / "trainer_state.json").unlink(),
+    "half a state": lambda directory: cut(directory / "trainer_state.json"),
+    "half the weights": lambda directory: cut(directory / "model.safetensors"),
+    "half an optimizer": lambda directory: cut(directory / "optimizer.pt"),
+    "empty random state": lambda directory: (directory / "rng_state_1.pth").write_bytes(b""),
+    "missing random state": lambda directory: (directory / "rng_state_0.pth").unlink(),
+    "shards without their metadata": lambda directory: (directory / "pytorch_model_fsdp_0" / ".metadata").unlink(),
+    "state of another step": lambda directory: (directory / "trainer_state.json").write_text('{"global_step": 1}'),
 }
 
 
@@ -47,14 +47,14 @@ def test_the_newest_by_number(tmp_path):
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_was_not_saved_to_its_end_is_passed_over(damage, tmp_path, caplog):
-    whole, torn = write_checkpoint(tmp_path, 2), write_checkpoint(tmp_path, 4)
-    assert last_complete_checkpoint(tmp_path) == torn
-    DAMAGES[damage](torn)
-    assert last_complete_checkpoint(tmp_path) == whole
-    assert "checkpoint-4 was not saved to its end" in caplog.text
+def test_incomplete_checkpoints_are_skipped(damage, tmp_path, caplog):
+    complete, incomplete = write_checkpoint(tmp_path, 2), write_checkpoint(tmp_path, 4)
+    assert last_complete_checkpoint(tmp_path) == incomplete
+    DAMAGES[damage](incomplete)
+    assert last_complete_checkpoint(tmp_path) == complete
+    assert "checkpoint-4 is incomplete; skipping it" in caplog.text
 
 
-def test_none(tmp_path):
+def test_no_checkpoint(tmp_path):
     assert last_complete_checkpoint(tmp_path) is None
     assert last_complete_checkpoint(tmp_path / "not-yet") is None

@@ -12,15 +12,15 @@ from florence_vl_hf.training import FlorenceVLCollator, SampleError
 from ..conftest import collapse
 
 
-def row(golden, pictures: int = 1, answer: str = "A fox.", picture: str = "odd.jpg", **more) -> dict:
-    content = [{"type": "image"}] * pictures + [{"type": "text", "text": "What is shown?"}]
+def sample(golden, num_images: int = 1, answer: str = "A fox.", image: str = "odd.jpg", **more) -> dict:
+    content = [{"type": "image"}] * num_images + [{"type": "text", "text": "What is shown?"}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-    images = [str(golden.image_path(picture))] * pictures
-    return {"id": f"{pictures} pictures", "messages": messages, "images": images, **more}
+    images = [str(golden.image_path(image))] * num_images
+    return {"id": f"{num_images} images", "messages": messages, "images": images, **more}
 
 
-def collapsed_labels(batch, row_number: int, processor) -> list[int]:
-    ids, labels, mask = (batch[name][row_number] for name in ("input_ids", "labels", "attention_mask"))
+def collapsed_labels(batch, index: int, processor) -> list[int]:
+    ids, labels, mask = (batch[name][index] for name in ("input_ids", "labels", "attention_mask"))
     length = int(mask.sum())
     return collapse(ids[:length].tolist(), labels[:length].tolist(), processor.image_token_id)
 
@@ -28,23 +28,23 @@ def collapsed_labels(batch, row_number: int, processor) -> list[int]:
 class TestAgainstTheOriginal:
     def test_labels(self, golden, processor):
         dialogs = golden.reference["dialogs"]
-        rows = [
+        samples = [
             {"id": n, "conversations": dialog["conversations"], "image": str(golden.image_path("odd.jpg"))}
             for n, dialog in enumerate(dialogs)
         ]
-        for sample in rows:
-            if not dialogs[sample["id"]]["has_image"]:
-                del sample["image"]
-        batch = FlorenceVLCollator(processor, max_length=2048)(rows)
-        sound = [n for n, dialog in enumerate(dialogs) if set(dialog["train_labels"]) != {-100}]
-        assert len(sound) >= 5
-        for n in sound:
+        for example in samples:
+            if not dialogs[example["id"]]["has_image"]:
+                del example["image"]
+        batch = FlorenceVLCollator(processor, max_length=2048)(samples)
+        learned = [n for n, dialog in enumerate(dialogs) if set(dialog["train_labels"]) != {-100}]
+        assert len(learned) >= 5
+        for n in learned:
             assert collapsed_labels(batch, n, processor) == dialogs[n]["train_labels"]
 
-    def test_every_round_is_learned_also_where_the_original_gave_up(self, golden, processor):
+    def test_all_answers_are_learned_where_the_original_learns_none(self, golden, processor):
         [(n, dialog)] = [(n, d) for n, d in enumerate(golden.reference["dialogs"]) if len(d["conversations"]) == 4]
-        sample = {"id": n, "conversations": dialog["conversations"], "image": str(golden.image_path("odd.jpg"))}
-        labels = FlorenceVLCollator(processor)([sample])["labels"][0]
+        example = {"id": n, "conversations": dialog["conversations"], "image": str(golden.image_path("odd.jpg"))}
+        labels = FlorenceVLCollator(processor)([example])["labels"][0]
         said = processor.tokenizer.decode(labels[labels != -100])
         for turn in dialog["conversations"]:
             assert (turn["value"].strip() in said) == (turn["from"] == "gpt")
@@ -52,20 +52,20 @@ class TestAgainstTheOriginal:
     def test_captions(self, golden, processor):
         processor = copy.deepcopy(processor)
         processor.chat_template = load_chat_template("plain", processor.tokenizer, processor.image_token)
-        for sample in golden.reference["plain"]:
-            conversations = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": sample["caption"]}]
+        for example in golden.reference["plain"]:
+            conversations = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": example["caption"]}]
             image = str(golden.image_path("odd.jpg"))
             batch = FlorenceVLCollator(processor)([{"id": 0, "conversations": conversations, "image": image}])
-            assert collapsed_labels(batch, 0, processor) == sample["train_labels"]
+            assert collapsed_labels(batch, 0, processor) == example["train_labels"]
 
 
 class TestBatch:
-    def test_rows_of_all_kinds_are_padded_on_the_right(self, golden, processor):
-        rows = [row(golden, 0), row(golden, 2, picture="wide.png"), row(golden, 1)]
+    def test_samples_of_all_kinds_are_padded_on_the_right(self, golden, processor):
+        samples = [sample(golden, 0), sample(golden, 2, image="wide.png"), sample(golden, 1)]
         collate = FlorenceVLCollator(processor)
-        batch = collate(rows)
+        batch = collate(samples)
         assert batch["pixel_values"].shape[0] == 3
-        alone = [collate([sample]) for sample in rows]
+        alone = [collate([example]) for example in samples]
         for n, single in enumerate(alone):
             length = single["input_ids"].shape[1]
             for name, padding in (("input_ids", processor.tokenizer.pad_token_id), ("labels", -100)):
@@ -74,24 +74,24 @@ class TestBatch:
             assert batch["attention_mask"][n].tolist() == [1] * length + [0] * (batch["labels"].shape[1] - length)
         assert_close(batch["pixel_values"], torch.cat([alone[1]["pixel_values"], alone[2]["pixel_values"]]))
 
-    def test_text_alone_has_no_pictures(self, golden, processor):
-        assert "pixel_values" not in FlorenceVLCollator(processor)([row(golden, 0), row(golden, 0)])
+    def test_text_alone_has_no_pixel_values(self, golden, processor):
+        assert "pixel_values" not in FlorenceVLCollator(processor)([sample(golden, 0), sample(golden, 0)])
 
-    def test_loss_of_a_batch_is_that_of_its_rows(self, golden, processor, model):
-        rows = [row(golden, 0), row(golden, 2), row(golden, 1, answer="A much longer answer about a fox.")]
+    def test_the_loss_of_a_batch_is_the_sum_of_its_samples(self, golden, processor, model):
+        samples = [sample(golden, 0), sample(golden, 2), sample(golden, 1, answer="A much longer answer about a fox.")]
         collate = FlorenceVLCollator(processor)
         with torch.no_grad():
-            total = model(**collate(rows), num_items_in_batch=1).loss
-            alone = [model(**collate([sample]), num_items_in_batch=1).loss for sample in rows]
+            total = model(**collate(samples), num_items_in_batch=1).loss
+            alone = [model(**collate([example]), num_items_in_batch=1).loss for example in samples]
         assert_close(total, sum(alone), rtol=1e-5, atol=1e-4)
 
     def test_prompts_end_where_the_answer_begins(self, golden, processor):
         collate = FlorenceVLCollator(processor)
-        rows = [row(golden, 1), row(golden, 0, answer="None at all.")]
-        inputs, answers = collate.prompts(rows)
+        samples = [sample(golden, 1), sample(golden, 0, answer="None at all.")]
+        inputs, answers = collate.prompts(samples)
         assert answers == ["A fox.", "None at all."]
-        for n, sample in enumerate(rows):
-            whole = collate([sample])
+        for n, example in enumerate(samples):
+            whole = collate([example])
             start = int((whole["labels"][0] != -100).nonzero()[0])
             prompt = inputs["input_ids"][n][inputs["attention_mask"][n].bool()]
             assert prompt.tolist() == whole["input_ids"][0, :start].tolist()
@@ -99,47 +99,47 @@ class TestBatch:
 
 
 class TestMaxLength:
-    def test_text_is_cut(self, golden, processor):
-        sample = row(golden, 1, answer="fox " * 40)
-        whole = FlorenceVLCollator(processor)([sample])
+    def test_text_is_truncated(self, golden, processor):
+        example = sample(golden, 1, answer="fox " * 40)
+        whole = FlorenceVLCollator(processor)([example])
         length = whole["input_ids"].shape[1] - 7
-        cut = FlorenceVLCollator(processor, max_length=length)([sample])
+        cut = FlorenceVLCollator(processor, max_length=length)([example])
         for name in ("input_ids", "attention_mask", "labels"):
             assert_close(cut[name], whole[name][:, :length])
 
-    def test_a_picture_is_never_cut(self, golden, processor):
-        sample = row(golden, 2)
-        ids = FlorenceVLCollator(processor)([sample])["input_ids"][0]
+    def test_an_image_is_never_truncated(self, golden, processor):
+        example = sample(golden, 2)
+        ids = FlorenceVLCollator(processor)([example])["input_ids"][0]
         end = int((ids == processor.image_token_id).nonzero()[-1]) + 1
-        fits = FlorenceVLCollator(processor, max_length=end)([sample])
+        fits = FlorenceVLCollator(processor, max_length=end)([example])
         assert (fits["input_ids"] == processor.image_token_id).sum() == 2 * processor.num_image_tokens
-        with pytest.raises(SampleError, match="'2 pictures'.*do not fit.*max_length"):
-            FlorenceVLCollator(processor, max_length=end - 1, on_error="raise")([sample])
+        with pytest.raises(SampleError, match="'2 images'.*do not fit.*max_length"):
+            FlorenceVLCollator(processor, max_length=end - 1, on_error="raise")([example])
 
 
 class TestBrokenSamples:
     def broken(self, golden) -> dict:
-        return row(golden, 1) | {"id": "lost", "images": ["nowhere.png"]}
+        return sample(golden, 1) | {"id": "lost", "images": ["nowhere.png"]}
 
     def test_raise(self, golden, processor):
         with pytest.raises(SampleError, match="'lost'.*nowhere.png"):
-            FlorenceVLCollator(processor, on_error="raise")([row(golden, 1), self.broken(golden)])
+            FlorenceVLCollator(processor, on_error="raise")([sample(golden, 1), self.broken(golden)])
 
-    def test_skip_leaves_out_and_counts(self, golden, processor, caplog):
+    def test_skip_counts(self, golden, processor, caplog):
         collate = FlorenceVLCollator(processor)
-        batch = collate([self.broken(golden), row(golden, 1), self.broken(golden)])
-        assert_close(batch["input_ids"], FlorenceVLCollator(processor)([row(golden, 1)])["input_ids"])
+        batch = collate([self.broken(golden), sample(golden, 1), self.broken(golden)])
+        assert_close(batch["input_ids"], FlorenceVLCollator(processor)([sample(golden, 1)])["input_ids"])
         assert collate.num_skipped == 2
         assert "'lost'" in caplog.text
 
-    def test_processes_that_load_data_are_counted_together(self, golden, processor):
+    def test_samples_skipped_by_workers_are_counted(self, golden, processor):
         collate = FlorenceVLCollator(processor)
-        rows = [self.broken(golden), row(golden, 0)] * 4
-        batches = list(DataLoader(rows, batch_size=2, num_workers=2, collate_fn=collate))
+        samples = [self.broken(golden), sample(golden, 0)] * 4
+        batches = list(DataLoader(samples, batch_size=2, num_workers=2, collate_fn=collate))
         assert len(batches) == 4
         assert collate.num_skipped == 4
 
-    def test_of_a_batch_of_broken_samples_nothing_is_learned(self, golden, processor, model):
+    def test_a_batch_of_broken_samples_has_no_labels(self, golden, processor, model):
         batch = FlorenceVLCollator(processor)([self.broken(golden)])
         assert (batch["labels"] == -100).all()
         assert model(**batch, num_items_in_batch=1).loss == 0

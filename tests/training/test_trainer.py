@@ -18,27 +18,27 @@ from florence_vl_hf.training.trainer import exact_match
 
 
 @pytest.fixture
-def rows(golden, data_file):
+def samples(golden, data_file):
     return load_conversations(data_file, golden.folder / "images")
 
 
-def make_trainer(converted, processor, output_dir, rows, stage="finetune", on_error="raise", **settings):
+def make_trainer(converted, processor, output_dir, samples, stage="finetune", on_error="raise", **settings):
     model = AutoModelForImageTextToText.from_pretrained(converted, dtype=torch.float32)
     set_trainable(model, stage)
     args = FlorenceVLTrainingArguments(
         output_dir=str(output_dir), use_cpu=True, disable_tqdm=True, save_strategy="no", **settings
     )
     collator = FlorenceVLCollator(processor, max_length=2048, on_error=on_error)
-    return FlorenceVLTrainer(model, args, collator, train_dataset=rows, eval_dataset=rows)
+    return FlorenceVLTrainer(model, args, collator, train_dataset=samples, eval_dataset=samples)
 
 
 class TestLearningRates:
-    def test_parts_have_their_own(self, converted, processor, tmp_path, rows):
+    def test_of_each_part(self, converted, processor, tmp_path, samples):
         trainer = make_trainer(
             converted,
             processor,
             tmp_path,
-            rows,
+            samples,
             stage="pretrain",
             learning_rate=1e-5,
             projector_learning_rate=1e-3,
@@ -46,18 +46,30 @@ class TestLearningRates:
         )
         optimizer = trainer.create_optimizer()
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        wanted = {"vision_tower": 1e-6, "projector": 1e-3, "language_model": 1e-5}
+        expected = {"vision_tower": 1e-6, "projector": 1e-3, "language_model": 1e-5}
         for name, parameter in trainer.model.named_parameters():
-            assert rates.pop(id(parameter)) == wanted[part_of(name)], name
+            assert rates.pop(id(parameter)) == expected[part_of(name)], name
         assert not rates
 
-    def test_a_rate_of_zero_is_one(self, converted, processor, tmp_path, rows):
-        trainer = make_trainer(converted, processor, tmp_path, rows, projector_learning_rate=0.0)
+    def test_weight_decay_applies_to_the_same_parameters(self, converted, processor, tmp_path, samples):
+        """Grouped by part or not."""
+        decays = []
+        for rates in ({}, {"projector_learning_rate": 1e-3}):
+            trainer = make_trainer(converted, processor, tmp_path, samples, weight_decay=0.1, **rates)
+            names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+            groups = trainer.create_optimizer().param_groups
+            decays.append({names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]})
+        assert decays[0] == decays[1] and set(decays[0].values()) == {0.0, 0.1}
+        # Frozen parameters are in no group.
+        assert not any("vision_tower" in name for name in decays[1])
+
+    def test_a_rate_of_zero_is_used(self, converted, processor, tmp_path, samples):
+        trainer = make_trainer(converted, processor, tmp_path, samples, projector_learning_rate=0.0)
         assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {0.0, 5e-5}
 
-    def test_a_part_without_rate_stands_still_beside_one_with(self, converted, processor, tmp_path, rows):
+    def test_only_the_part_with_a_rate_changes(self, converted, processor, tmp_path, samples):
         trainer = make_trainer(
-            converted, processor, tmp_path, rows, learning_rate=0.0, projector_learning_rate=1e-3, max_steps=2
+            converted, processor, tmp_path, samples, learning_rate=0.0, projector_learning_rate=1e-3, max_steps=2
         )
         before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
         trainer.train()
@@ -65,16 +77,17 @@ class TestLearningRates:
         assert moved == {"projector"}
 
 
-def test_four_batches_of_two_are_one_of_eight(converted, processor, tmp_path, rows):
-    # The rows have answers of different lengths, one and two rounds, and pictures or none: a mean of means is not
-    # their mean. With plain gradient descent, differences are not blown up.
+@pytest.mark.slow
+def test_four_batches_of_two_are_one_of_eight(converted, processor, tmp_path, samples):
+    # The samples have answers of different lengths, one or two turns, with and without images: the mean of means is
+    # not their mean. Plain gradient descent does not amplify differences.
     trained, losses = [], []
     for batch_size, accumulation in ((8, 1), (2, 4)):
         trainer = make_trainer(
             converted,
             processor,
             tmp_path,
-            rows,
+            samples,
             stage="pretrain",
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
@@ -84,7 +97,7 @@ def test_four_batches_of_two_are_one_of_eight(converted, processor, tmp_path, ro
             max_grad_norm=0.0,
             logging_steps=1,
         )
-        # Their dropout and stochastic depth draw other numbers for other batches.
+        # Dropout and stochastic depth depend on the batch size.
         for module in trainer.model.modules():
             for name in ("dropout", "drop_prob", "attention_dropout", "activation_dropout"):
                 if isinstance(getattr(module, name, None), float):
@@ -96,10 +109,19 @@ def test_four_batches_of_two_are_one_of_eight(converted, processor, tmp_path, ro
     assert_close(trained[0], trained[1], rtol=1e-4, atol=1e-6)
 
 
+def test_frozen_parts_have_no_dropout_in_a_step(converted, processor, tmp_path, samples):
+    trainer = make_trainer(converted, processor, tmp_path, samples, max_steps=1)
+    modes = []
+    tower = trainer.model.model.vision_tower
+    tower.register_forward_pre_hook(lambda *_: modes.append({module.training for module in tower.modules()}))
+    trainer.train()
+    assert modes == [{False}]
+
+
 class TestLogits:
-    def test_of_what_nothing_is_learned_are_left_out(self, converted, processor, tmp_path, rows):
-        trainer = make_trainer(converted, processor, tmp_path, rows)
-        batch = trainer.data_collator([rows[i] for i in range(4)])
+    def test_are_computed_only_where_something_is_learned(self, converted, processor, tmp_path, samples):
+        trainer = make_trainer(converted, processor, tmp_path, samples)
+        batch = trainer.data_collator([samples[i] for i in range(4)])
         num_labelled = int(batch["labels"].ne(-100).any(dim=0).sum())
         assert 0 < num_labelled < batch["labels"].shape[1] - processor.num_image_tokens
         shapes = []
@@ -110,39 +132,39 @@ class TestLogits:
         loss.backward()
         gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
         trainer.model.zero_grad()
-        whole = trainer.model(**batch).loss
-        whole.backward()
+        complete = trainer.model(**batch).loss
+        complete.backward()
         expected = {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
         assert shapes == [(4, num_labelled), tuple(batch["labels"].shape)]
-        assert_close(loss, whole)
+        assert_close(loss, complete)
         assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
 
-    def test_who_asks_for_outputs_has_them_all(self, converted, processor, tmp_path, rows):
-        trainer = make_trainer(converted, processor, tmp_path, rows)
-        batch = trainer.data_collator([rows[0]])
+    def test_are_computed_everywhere_if_outputs_are_requested(self, converted, processor, tmp_path, samples):
+        trainer = make_trainer(converted, processor, tmp_path, samples)
+        batch = trainer.data_collator([samples[0]])
         _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
         assert outputs.logits.shape[1] == batch["labels"].shape[1]
 
 
 class TestEvaluation:
-    def right_answers(self, trainer, rows) -> list[str]:
-        """What the model says when it is asked one row at a time."""
+    def separate_answers(self, trainer, samples) -> list[str]:
+        """Answers of the model to one sample at a time."""
         answers = []
-        for row in rows:
-            inputs, _ = trainer.data_collator.prompts([row])
+        for sample in samples:
+            inputs, _ = trainer.data_collator.prompts([sample])
             output_ids = trainer.model.generate(**inputs, max_new_tokens=5, do_sample=False)
             new_ids = output_ids[0, inputs["input_ids"].shape[1] :]
             answers.append(trainer.processing_class.decode(new_ids, skip_special_tokens=True))
         return answers
 
-    def test_answers_of_a_batch_are_those_of_single_questions(self, converted, processor, tmp_path, rows):
+    def test_answers_of_a_batch_are_those_of_single_questions(self, converted, processor, tmp_path, samples):
         trainer = make_trainer(
-            converted, processor, tmp_path, rows, predict_with_generate=True, generation_max_new_tokens=5
+            converted, processor, tmp_path, samples, predict_with_generate=True, generation_max_new_tokens=5
         )
-        expected = self.right_answers(trainer, rows)
-        answers, references = trainer.generate_answers(rows)
+        expected = self.separate_answers(trainer, samples)
+        answers, references = trainer.generate_answers(samples)
         assert answers == expected
-        assert references == [row["messages"][-1]["content"][0]["text"] for row in rows]
+        assert references == [sample["messages"][-1]["content"][0]["text"] for sample in samples]
 
         def answered_as_expected(answers: list[str], references: list[str]) -> dict[str, float]:
             return exact_match(answers, [*expected[:-2], "no", "no"])
@@ -154,28 +176,33 @@ class TestEvaluation:
         assert trainer.state.log_history[-1]["eval_exact_match"] == 0.75
 
     @pytest.mark.parametrize("returned", [0.5, None, {"accuracy": "high"}, {"accuracy": {"a": 1}}])
-    def test_a_metric_without_numbers_by_name(self, converted, processor, tmp_path, rows, returned):
+    def test_a_metric_without_a_dict_of_floats(self, converted, processor, tmp_path, samples, returned):
         trainer = make_trainer(
-            converted, processor, tmp_path, rows.select([0]), predict_with_generate=True, generation_max_new_tokens=2
+            converted,
+            processor,
+            tmp_path,
+            samples.select([0]),
+            predict_with_generate=True,
+            generation_max_new_tokens=2,
         )
         trainer.answer_metric = lambda answers, references: returned
-        with pytest.raises(ValueError, match="expected numbers by name"):
+        with pytest.raises(ValueError, match="expected a dict of floats"):
             trainer.evaluate()
         trainer.answer_metric = lambda answers, references: {"accuracy": torch.tensor(0.5)}
         assert trainer.evaluate()["eval_accuracy"] == 0.5
 
-    def test_without_it_only_the_loss(self, converted, processor, tmp_path, rows):
-        measured = make_trainer(converted, processor, tmp_path, rows).evaluate()
+    def test_without_predict_with_generate(self, converted, processor, tmp_path, samples):
+        measured = make_trainer(converted, processor, tmp_path, samples).evaluate()
         assert "eval_loss" in measured and "eval_exact_match" not in measured
 
 
-def test_exact_match_is_of_whole_answers():
+def test_exact_match_compares_complete_answers():
     assert exact_match(["A fox.", " A fox.\n", "a fox.", ""], ["A fox."] * 4) == {"exact_match": 0.5}
 
 
 class TestBrokenSamples:
-    def test_a_batch_without_any_sound_sample_changes_nothing(self, converted, processor, tmp_path, rows):
-        broken = rows.select([0, 1]).map(lambda row: {"images": ["nowhere.png"]})
+    def test_a_batch_of_broken_samples_changes_nothing(self, converted, processor, tmp_path, samples):
+        broken = samples.select([0, 1]).map(lambda sample: {"images": ["nowhere.png"]})
         trainer = make_trainer(
             converted, processor, tmp_path, broken, on_error="skip", max_steps=1, logging_steps=1, weight_decay=0.0
         )
@@ -188,9 +215,10 @@ class TestBrokenSamples:
         assert trainer.total_skipped() == 4
 
 
-def test_grouping_puts_rows_with_pictures_beside_each_other(converted, processor, tmp_path, rows):
-    grouped = with_lengths(datasets.concatenate_datasets([rows] * 50), processor.num_image_tokens)
-    has_pictures = [bool(images) for images in grouped["images"]]
+@pytest.mark.slow
+def test_grouping_separates_samples_with_and_without_images(converted, processor, tmp_path, samples):
+    grouped = with_lengths(datasets.concatenate_datasets([samples] * 50), processor.num_image_tokens)
+    has_images = [bool(images) for images in grouped["images"]]
     trainer = make_trainer(
         converted,
         processor,
@@ -199,7 +227,7 @@ def test_grouping_puts_rows_with_pictures_beside_each_other(converted, processor
         train_sampling_strategy="group_by_length",
         per_device_train_batch_size=2,
     )
-    order = [has_pictures[i] for i in trainer._get_train_sampler()]
+    order = [has_images[i] for i in trainer._get_train_sampler()]
     kinds = [set(order[start : start + 2]) for start in range(0, len(order), 2)]
-    # The sampler sorts 50 batches at a time: in each such lot, one batch at most is of both kinds.
+    # The sampler sorts 50 batches at a time, and of these at most one has samples of both kinds.
     assert len(kinds) == 200 and sum(len(kind) == 2 for kind in kinds) <= 4

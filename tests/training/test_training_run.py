@@ -20,27 +20,29 @@ from florence_vl_hf.conversion import convert
 from florence_vl_hf.hub import files_to_push
 from florence_vl_hf.processing import load_chat_template
 from florence_vl_hf.training import train
+from florence_vl_hf.training.model_card import TrainingFacts
 from florence_vl_hf.training.stages import part_of
 
 from ..conftest import FIXTURES, Golden, status
 
 
-# Trains as the recipe in its first argument says, and is killed when half of the optimizer's state of the second
-# checkpoint is written.
-KILLED_IN_MID_SAVE = """
+# Trains with the recipe in its first argument, and is killed when half of the second checkpoint's optimizer states are
+# written.
+KILLED_WHILE_SAVING = """
 import io, os, signal, sys
 import torch, yaml
 from florence_vl_hf.training import train
+from florence_vl_hf.training.model_card import TrainingFacts
 
 save = torch.save
 
 def save_half(state, path, *arguments, **kwargs):
     if not str(path).endswith("checkpoint-4/optimizer.pt"):
         return save(state, path, *arguments, **kwargs)
-    whole = io.BytesIO()
-    save(state, whole)
+    complete = io.BytesIO()
+    save(state, complete)
     with open(path, "wb") as file:
-        file.write(whole.getvalue()[: whole.tell() // 2])
+        file.write(complete.getvalue()[: complete.tell() // 2])
     os.kill(os.getpid(), signal.SIGKILL)
 
 torch.save = save_half
@@ -48,12 +50,13 @@ train(yaml.safe_load(open(sys.argv[1])))
 """
 
 
-def weights(folder: str | Path) -> dict[str, torch.Tensor]:
-    return load_file(Path(folder) / "model.safetensors")
+def weights(directory: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(directory) / "model.safetensors")
 
 
-class TestWholeModel:
-    def test_recipe_to_folder(self, recipe, tmp_path, golden, capsys):
+class TestFullTraining:
+    @pytest.mark.slow
+    def test_recipe_to_directory(self, recipe, tmp_path, golden, capsys):
         evaluated = {"eval_file": recipe["train_file"], "predict_with_generate": True, "generation_max_new_tokens": 4}
         recipe |= evaluated | {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1}
         path = tmp_path / "recipe.yaml"
@@ -61,7 +64,7 @@ class TestWholeModel:
         assert status("train", path, "--set", "max_steps=3", "--set", "chat_template=vicuna") == 0
         output = Path(recipe["output_dir"])
 
-        # It is complete, by the check that uploads make, and was trained.
+        # It is complete, as uploads check it, and was trained.
         assert {"model.safetensors", "README.md", "processor_config.json"} <= set(files_to_push(output))
         model = AutoModelForImageTextToText.from_pretrained(output)
         before = weights(recipe["model_name_or_path"])
@@ -78,7 +81,7 @@ class TestWholeModel:
         assert [entry["step"] for entry in log if "eval_exact_match" in entry] == [2, 3]
         assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
 
-    def test_card_tells_what_was_done(self, recipe):
+    def test_model_card(self, recipe):
         recipe |= {"eval_file": {"old": recipe["train_file"], "new": recipe["train_file"]}, "weight_decay": 0.0}
         metrics = train(recipe | {"projector_learning_rate": 2e-3, "logging_steps": 2})
         card = ModelCard.load(Path(recipe["output_dir"]) / "README.md")
@@ -97,21 +100,23 @@ class TestWholeModel:
         assert str(Path(recipe["output_dir"]).parent) not in card.content
         assert str(Path(recipe["model_name_or_path"]).parent) not in card.content
 
-    def test_another_fusion_starts_another_first_layer(self, recipe, caplog):
+    def test_another_fusion_has_another_first_layer(self, recipe, caplog):
         train(recipe | {"stage": "projector", "fusion_strategy": "token", "max_steps": 1})
         model = AutoModelForImageTextToText.from_pretrained(recipe["output_dir"])
         processor = AutoProcessor.from_pretrained(recipe["output_dir"])
         before = AutoModelForImageTextToText.from_pretrained(recipe["model_name_or_path"]).config
         assert model.config.fusion_strategy == "token"
         assert processor.num_image_tokens == model.config.num_image_tokens == 4 * before.num_image_tokens
-        assert "first layer starts anew" in caplog.text
+        assert "first layer of the projector is new" in caplog.text
 
-    def test_pictures_are_padded_as_the_recipe_says(self, recipe):
+    @pytest.mark.slow
+    def test_padding_of_the_recipe(self, recipe):
         for do_pad in (True, False):
             output = f"{recipe['output_dir']}-{do_pad}"
             train(recipe | {"do_pad": do_pad, "max_steps": 1, "output_dir": output})
             assert AutoProcessor.from_pretrained(output).image_processor.do_pad == do_pad
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("use_peft", [False, True])
     def test_upload_has_the_same_card(self, recipe, use_peft, monkeypatch):
         sent = {}
@@ -127,7 +132,7 @@ class TestWholeModel:
         assert ("adapter_model.safetensors" in sent) == use_peft
         assert ("modeling_florence_vl.py" in sent) == (not use_peft)
 
-    def test_starts_from_an_original_checkpoint_as_it_is(self, recipe, tmp_path):
+    def test_starts_from_an_original_checkpoint(self, recipe, tmp_path):
         original = Golden(FIXTURES / "phi-small").checkpoint
         train(recipe | {"model_name_or_path": str(original), "max_steps": 1, "learning_rate": 0.0})
         convert(original, tmp_path / "converted", dtype=torch.float32)
@@ -135,7 +140,7 @@ class TestWholeModel:
         assert_close(weights(recipe["output_dir"]), weights(tmp_path / "converted"), rtol=0, atol=0)
 
 
-class TestAdapter:
+class TestLora:
     def test_loads_through_peft(self, recipe, golden):
         train(recipe | {"use_peft": True, "lora_r": 4, "logging_steps": 1, "seed": 3})
         output = recipe["output_dir"]
@@ -156,17 +161,32 @@ class TestAdapter:
         assert card.data.library_name == "peft"
         assert "| lora_r | 4 |" in card.text and "PeftModel.from_pretrained" in card.text
 
-    def test_merged_it_is_a_whole_model(self, recipe, tmp_path):
-        train(recipe | {"use_peft": True, "lora_r": 4})
+    def test_merged_it_loads_without_peft(self, recipe, tmp_path):
+        train(recipe | {"use_peft": True, "lora_r": 4, "eval_file": recipe["train_file"]})
         assert status("merge", recipe["output_dir"], tmp_path / "merged") == 0
         files_to_push(tmp_path / "merged")
         card = ModelCard.load(tmp_path / "merged" / "README.md")
         assert card.data.library_name == "transformers" and "lora" not in card.data.tags
         assert "| lora_r | 4 |" in card.text and "PeftModel" not in card.text
+        # The facts about its training come from the metadata of the adapter's card.
+        adapter_card = ModelCard.load(Path(recipe["output_dir"]) / "README.md")
+        facts = TrainingFacts.from_metadata(adapter_card.data.to_dict())
+        assert facts is not None and facts.stage == "finetune" and facts.num_steps == 4
+        assert set(facts.trained_parameters) == {"language_model", "projector"}
+        assert f"| data | {facts.data_name}, 8 samples |" in card.text
+        assert f"| evaluation | {facts.evaluations['evaluation']['loss']:.4f} |" in card.text
 
 
+@pytest.mark.parametrize(
+    "metadata", [{}, {"florence_vl_training": "text"}, {"florence_vl_training": {"stage": "all"}}]
+)
+def test_facts_of_other_cards_are_ignored(metadata):
+    assert TrainingFacts.from_metadata(metadata) is None
+
+
+@pytest.mark.slow
 class TestResume:
-    def test_killed_in_mid_save_it_goes_on_from_the_checkpoint_before(self, recipe, tmp_path):
+    def test_killed_while_saving_it_resumes_from_the_checkpoint_before(self, recipe, tmp_path):
         recipe |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "logging_steps": 1}
         straight = recipe | {"output_dir": str(tmp_path / "straight"), "save_strategy": "no"}
         train(straight)
@@ -174,7 +194,7 @@ class TestResume:
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
         killed = subprocess.run(
-            [sys.executable, "-c", KILLED_IN_MID_SAVE, str(path)],
+            [sys.executable, "-c", KILLED_WHILE_SAVING, str(path)],
             env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
             capture_output=True,
             text=True,
@@ -189,13 +209,13 @@ class TestResume:
         assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]
         assert_close(weights(recipe["output_dir"]), weights(straight["output_dir"]), rtol=0, atol=0)
 
-    def test_a_recipe_that_changed_is_told_so(self, recipe):
+    def test_a_recipe_that_changed_is_refused(self, recipe):
         recipe |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
         train(recipe)
-        with pytest.raises(ValueError, match="cannot go on from .*checkpoint-2.*another `output_dir`"):
+        with pytest.raises(ValueError, match="cannot resume from .*checkpoint-2.*another `output_dir`"):
             train(recipe | {"use_peft": True, "lora_r": 4, "max_steps": 4})
 
-    def test_a_run_that_had_ended_takes_no_step_more(self, recipe):
+    def test_a_run_that_had_ended_takes_no_further_step(self, recipe):
         # It ends within an epoch, of four steps.
         recipe |= {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
         train(recipe)
@@ -205,14 +225,14 @@ class TestResume:
         state = json.loads((Path(recipe["output_dir"]) / "trainer_state.json").read_text())
         assert state["global_step"] == 3
 
-    def test_a_new_run_refuses_the_checkpoints_of_an_old_one_if_told(self, recipe):
+    def test_without_auto_resume_a_checkpoint_is_refused(self, recipe):
         recipe |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
         train(recipe)
-        with pytest.raises(ValueError, match="holds checkpoint-2 of another run"):
+        with pytest.raises(ValueError, match="has checkpoint-2 of another run"):
             train(recipe | {"auto_resume": False, "max_steps": 3})
         assert train(recipe | {"auto_resume": False, "output_dir": recipe["output_dir"] + "-new"})["train_loss"] > 0
 
-    def test_a_checkpoint_by_name(self, recipe):
+    def test_resume_from_checkpoint(self, recipe):
         train(recipe | {"save_strategy": "steps", "save_steps": 2, "max_steps": 2})
         checkpoint, other = recipe["output_dir"] + "/checkpoint-2", recipe["output_dir"] + "-other"
         train(recipe | {"resume_from_checkpoint": checkpoint, "output_dir": other, "max_steps": 3})
@@ -225,22 +245,23 @@ class TestResume:
 def test_settings_are_listed(capsys):
     assert status("train", "--settings") == 0
     printed = capsys.readouterr().out
-    assert "stage (default finetune): Which parts are trained. One of finetune, " in printed
-    assert "train_file (needed): " in printed and "per_device_train_batch_size" not in printed
+    assert "stage (default finetune): Training stage. One of finetune, " in printed
+    assert "train_file (required): " in printed and "per_device_train_batch_size" not in printed
 
 
 class TestMistakes:
+    @pytest.mark.slow
     def test_broken_samples(self, recipe, data_file, capsys, caplog, tmp_path):
-        rows = json.loads(data_file.read_text())
-        rows[0]["image"] = "nowhere.png"
-        data_file.write_text(json.dumps(rows))
+        samples = json.loads(data_file.read_text())
+        samples[0]["image"] = "nowhere.png"
+        data_file.write_text(json.dumps(samples))
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
         assert status("train", path, "--on-error", "raise") == 1
         assert "'sample-0'" in capsys.readouterr().err
         assert status("train", path) == 0
-        assert "Left out: Sample 'sample-0'" in caplog.text
-        assert "| left out | 1 samples" in (Path(recipe["output_dir"]) / "README.md").read_text()
+        assert "'sample-0'" in caplog.text and "Skipping a broken sample" in caplog.text
+        assert "| skipped | 1 broken samples" in (Path(recipe["output_dir"]) / "README.md").read_text()
 
     @pytest.mark.parametrize(
         ("given", "message"),
@@ -249,7 +270,7 @@ class TestMistakes:
             ({"answer_metric": "accuracy"}, "accuracy.*package.module:function"),
             ({"answer_metric": "nowhere:accuracy"}, "nowhere:accuracy.*PYTHONPATH"),
             ({"train_file": "nowhere.json"}, "nowhere.json"),
-            ({"image_folder": "nowhere"}, "no folder of pictures nowhere"),
+            ({"image_folder": "nowhere"}, "no image directory nowhere"),
             ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
             ({"fusion_features": ["image"], "stage": "language_model"}, "'language_model' does not train it"),
         ],
@@ -258,13 +279,13 @@ class TestMistakes:
         with pytest.raises(ValueError, match=message):
             train(recipe | given)
 
-    def test_a_model_of_another_kind(self, recipe, tmp_path):
+    def test_a_model_of_another_type(self, recipe, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-        with pytest.raises(ValueError, match="is a 'llama', expected a Florence-VL"):
+        with pytest.raises(ValueError, match="has model type 'llama', expected 'florence_vl'"):
             train(recipe | {"model_name_or_path": str(tmp_path)})
 
 
-def test_metric_of_the_users_own(recipe, tmp_path, monkeypatch):
+def test_own_metric(recipe, tmp_path, monkeypatch):
     (tmp_path / "my_metric.py").write_text("def count(answers, references):\n    return {'number': len(references)}\n")
     monkeypatch.syspath_prepend(tmp_path)
     recipe |= {"eval_file": recipe["train_file"], "predict_with_generate": True, "generation_max_new_tokens": 2}

@@ -1,5 +1,5 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""TRL's trainer as it is, on the package's model and processor as they are."""
+"""TRL's trainer with model and processor of the package, all unchanged."""
 
 import math
 from pathlib import Path
@@ -17,15 +17,15 @@ from florence_vl_hf import FlorenceVLForConditionalGeneration, FlorenceVLProcess
 from florence_vl_hf.training.adapters import lora_target_modules, merge_adapter
 
 
-def picture(color: str) -> Image.Image:
+def colored_image(color: str) -> Image.Image:
     return Image.new("RGB", (64, 64), color)
 
 
-def text(role: str, words: str) -> dict[str, Any]:
-    return {"role": role, "content": words}
+def text(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
 
 
-# One picture and several rounds, two pictures, and none: rows of different length.
+# One image and several turns, two images, and none, with texts of different length.
 CONVERSATIONS = [
     (
         [
@@ -34,15 +34,18 @@ CONVERSATIONS = [
             text("user", "Sure?"),
             text("assistant", "Yes."),
         ],
-        [picture("red")],
+        [colored_image("red")],
     ),
-    ([text("user", "Which is blue?"), text("assistant", "The second one.")], [picture("red"), picture("blue")]),
+    (
+        [text("user", "Which is blue?"), text("assistant", "The second one.")],
+        [colored_image("red"), colored_image("blue")],
+    ),
     ([text("user", "Are you sure?"), text("assistant", "I am.")], []),
 ]
 
 
-def rows(form: str) -> Dataset:
-    """The conversations in one of the forms that TRL reads."""
+def samples(form: str) -> Dataset:
+    """The conversations in one of the formats that TRL reads."""
     made = []
     for messages, images in CONVERSATIONS:
         if form == "messages":
@@ -62,20 +65,20 @@ def expected_ids(
     """
     Token ids of a conversation, and its labels by the assistant mask of the processor.
 
-    Of prompt and completion, TRL learns the completion, and tokenizes it by itself: SentencePiece tokenizers put a
-    space before it then, which stands nowhere in the conversation.
+    Of prompt and completion, TRL trains on the completion, and tokenizes it separately: SentencePiece tokenizers then
+    add a space before it, which the conversation does not have.
     """
     messages, images = conversation
     content = [{"type": "image", "image": image} for image in images]
     filled = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     filled[0]["content"] = [*content, *filled[0]["content"]]
     made = processor.apply_chat_template(filled, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    ids, said = list(made["input_ids"][0]), [bool(s) for s in made["assistant_masks"][0]]
+    ids, learned = list(made["input_ids"][0]), [bool(s) for s in made["assistant_masks"][0]]
     if only_last:
-        start = max(i for i in range(1, len(said)) if said[i] and not said[i - 1])
+        start = max(i for i in range(1, len(learned)) if learned[i] and not learned[i - 1])
         alone = processor.tokenizer(processor.decode(ids[start:]), add_special_tokens=False)["input_ids"]
-        ids, said = ids[:start] + alone, [False] * start + [True] * len(alone)
-    return ids, [token if s else -100 for token, s in zip(ids, said, strict=True)]
+        ids, learned = ids[:start] + alone, [False] * start + [True] * len(alone)
+    return ids, [token if s else -100 for token, s in zip(ids, learned, strict=True)]
 
 
 @pytest.fixture
@@ -117,8 +120,8 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_labels_are_what_the_assistant_says(form, model, processor, tmp_path):
-    dataset = rows(form)
+def test_labels_are_the_turns_of_the_assistant(form, model, processor, tmp_path):
+    dataset = samples(form)
     trainer = make_trainer(model, processor, dataset, tmp_path, **FORMS[form])
     batch = trainer.data_collator([dataset[i] for i in range(3)])
     assert batch["pixel_values"].shape[0] == 3
@@ -132,18 +135,18 @@ def test_labels_are_what_the_assistant_says(form, model, processor, tmp_path):
         assert (batch["labels"][row, length:] == -100).all()
 
 
-def test_without_a_mask_the_prompt_is_learnt_too(model, processor, tmp_path):
-    """What TRL does by default with `messages`, so that our documentation may warn of it."""
-    dataset = rows("messages")
+def test_without_a_mask_the_prompt_is_learned_too(model, processor, tmp_path):
+    """The default of TRL with `messages`, which the documentation warns of."""
+    dataset = samples("messages")
     batch = make_trainer(model, processor, dataset, tmp_path).data_collator([dataset[0]])
     assert torch.equal(batch["labels"], batch["input_ids"])
 
 
 @pytest.mark.parametrize("form", ["messages", "prompt"])
-def test_rows_without_a_column_of_images(form, model, processor, tmp_path):
-    """TRL takes the way of language models then: it tokenizes when the trainer is made."""
+def test_samples_without_a_column_of_images(form, model, processor, tmp_path):
+    """TRL then tokenizes as for language models, when the trainer is created."""
     conversation = CONVERSATIONS[2]
-    dataset = rows(form).select([2]).remove_columns("images")
+    dataset = samples(form).select([2]).remove_columns("images")
     trainer = make_trainer(model, processor, dataset, tmp_path, **FORMS[form])
     ids, labels = expected_ids(processor, conversation, only_last=False)
     batch = trainer.data_collator([trainer.train_dataset[0]])
@@ -151,9 +154,10 @@ def test_rows_without_a_column_of_images(form, model, processor, tmp_path):
     assert batch["labels"][0].tolist() == labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "with_lora"), [("messages", False), ("prompt", False), ("content", True)])
 def test_learns_and_saves(form, with_lora, model, processor, converted, tmp_path):
-    dataset = rows(form).select([1, 1])
+    dataset = samples(form).select([1, 1])
     peft_config = None
     if with_lora:
         peft_config = LoraConfig(r=8, lora_alpha=16, target_modules=lora_target_modules(model))

@@ -1,36 +1,41 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Training: data, collator, stages, adapters, and the recipes' trainer."""
+"""Training: data, collator, stages, LoRA, recipes and the trainer."""
 
 from importlib.util import find_spec
 
 
 if missing := [package for package in ("datasets", "ijson") if find_spec(package) is None]:
     raise ModuleNotFoundError(
-        f"Training needs {' and '.join(missing)}, which the extra `train` brings: `pip install "
-        f"'florence_vl_hf[train]'`, or `pip install '.[train]'` in the sources."
+        f"Training requires {' and '.join(missing)}; run `pip install 'florence_vl_hf[train]'`, or `pip install "
+        f"'.[train]'` in the sources."
     )
 
 from .adapters import lora_config, lora_target_modules, merge_adapter, quantization_config
-from .arguments import FlorenceVLTrainingArguments, read_recipe
+from .arguments import RECIPES, FlorenceVLTrainingArguments, find_recipe, read_recipe
 from .collator import FlorenceVLCollator
-from .conversation_data import SampleError, load_conversations, to_messages, with_lengths
+from .data_loading import load_conversations, with_lengths
+from .samples import SampleError, to_messages
 from .stages import STAGES, set_trainable
 from .trainer import FlorenceVLTrainer
+from .training_hook import register_training_hook
 from .training_run import train
 
 
 __all__ = [
+    "RECIPES",
     "STAGES",
     "FlorenceVLCollator",
     "FlorenceVLTrainer",
     "FlorenceVLTrainingArguments",
     "SampleError",
+    "find_recipe",
     "load_conversations",
     "lora_config",
     "lora_target_modules",
     "merge_adapter",
     "quantization_config",
     "read_recipe",
+    "register_training_hook",
     "set_trainable",
     "to_messages",
     "train",

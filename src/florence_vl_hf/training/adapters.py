@@ -1,5 +1,5 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Adapters through peft: where LoRA goes, what is quantized below it, and how an adapter becomes part of its base."""
+"""LoRA with peft: where it is applied, quantization of the weights below it, and merging it into its base model."""
 
 import re
 from pathlib import Path
@@ -11,62 +11,58 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..conversion import CheckpointError
+from ..conversion import CheckpointError, load_pretrained
 from ..conversion.checkpoint_files import CHECKPOINT_FILES, output_directory, read_json, resolve_checkpoint
-from ..conversion.original_config import TEXT_MODEL_TYPES
 from ..model_cards import CARD_FILE, MergedCard, read_metadata, read_training, write_card
-from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
+from ..modeling import FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
 
 
 logger = logging.get_logger(__name__)
 
 PROJECTOR = "multi_modal_projector"
-# All but the language model. Entries must name a part as the model does, from the start: `model.vision_tower` within
-# the model that generates, `vision_tower` within the bare one. A list of one's own drops the default, so the head too.
+# Everything except the language model. Names start at the model: `model.vision_tower` in the model with a head,
+# `vision_tower` in the one without. This list replaces the default one, which has the head.
 NOT_QUANTIZED = ("lm_head", "vision_tower", PROJECTOR, "model.vision_tower", f"model.{PROJECTOR}")
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-PROCESSOR_CONFIG = "processor_config.json"
-FILES = [*CHECKPOINT_FILES, "*.jinja", CARD_FILE]
+FILES = (*CHECKPOINT_FILES, "*.jinja", CARD_FILE)
 
 
 def lora_target_modules(model: PreTrainedModel) -> str:
     """
-    A pattern for peft that matches each linear layer of the language model, and none of the tower, the projector or
-    the head.
+    Return a pattern for peft that matches each linear layer of the language model and no other module.
 
     Args:
-        model (`PreTrainedModel`): A Florence-VL, with or without its head, quantized or not.
+        model (`PreTrainedModel`): A Florence-VL model, with or without its head, quantized or not.
 
     Returns:
-        `str`: A regular expression that the names of these modules match as a whole.
+        `str`: A regular expression of complete module names, for `LoraConfig.target_modules`.
 
     Raises:
-        ValueError: If the model is no Florence-VL, or its language model has no linear layer.
+        ValueError: If the model is not a Florence-VL, or its language model has no linear layer.
     """
     language_model = getattr(getattr(model, "base_model", model), "language_model", None)
     if language_model is None or isinstance(model, PeftModel):
         raise ValueError(
-            f"Got a {type(model).__name__}, which has no `language_model`; give a Florence-VL that peft has not "
-            f"wrapped yet."
+            f"Got a {type(model).__name__}, which has no `language_model`; give a Florence-VL without adapters."
         )
-    # Layers of bitsandbytes are subclasses; torchao changes the weight alone.
+    # The layers of bitsandbytes are subclasses; torchao only changes the weight.
     names = [name for name, module in language_model.named_modules() if isinstance(module, nn.Linear)]
     if not names:
         raise ValueError(
-            f"{type(language_model).__name__} has no linear layer for LoRA to change; name its parameters in "
+            f"{type(language_model).__name__} has no linear layer for LoRA; name its parameters in "
             f"`target_parameters` of peft's LoraConfig."
         )
     experts = [name for name, weight in language_model.named_parameters() if weight.dim() == 3 and "expert" in name]
     if experts:
         kinds = sorted({".".join(name.rsplit(".", 2)[-2:]) for name in experts})
         logger.warning_once(
-            f"The weights of {type(language_model).__name__}'s experts are no linear layers, so LoRA leaves them as "
-            f"they are. To train them too, pass `target_parameters={kinds}` and a dropout of 0 to `lora_config`."
+            f"The experts of {type(language_model).__name__} are not linear layers, so LoRA does not change them. To "
+            f"train them too, pass `target_parameters={kinds}` and `dropout=0` to `lora_config`."
         )
-    # One alternative for all layers that differ in their number alone.
+    # One alternative for all layers that differ only in their number.
     paths = (r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split(".")) for name in names)
     return rf"(?:model\.)?language_model\.(?:{'|'.join(dict.fromkeys(paths))})"
 
@@ -80,15 +76,15 @@ def lora_config(
     **settings: Any,
 ) -> LoraConfig:
     """
-    LoRA on each linear layer of the language model, with the original's numbers.
+    Configure LoRA on each linear layer of the language model, by default with the original's settings.
 
     Args:
-        model (`PreTrainedModel`): A Florence-VL.
-        rank (`int`, *optional*, defaults to 64): Of the changes.
-        alpha (`float`, *optional*, defaults to 16): Changes are multiplied by `alpha / rank`.
-        dropout (`float`, *optional*, defaults to 0.05): On what goes into a change, in training.
-        train_projector (`bool`, *optional*, defaults to `False`): Whether the projector is trained too, as a whole.
-        settings: Further ones of `peft.LoraConfig`, such as `use_dora` or `target_parameters`.
+        model (`PreTrainedModel`): A Florence-VL model.
+        rank (`int`, *optional*, defaults to 64): Rank of the update matrices.
+        alpha (`float`, *optional*, defaults to 16): Updates are scaled by `alpha / rank`.
+        dropout (`float`, *optional*, defaults to 0.05): Dropout on the input of LoRA layers.
+        train_projector (`bool`, *optional*, defaults to `False`): Whether to train the projector too, in full.
+        settings: Further arguments of `peft.LoraConfig`, such as `use_dora` or `target_parameters`.
     """
     return LoraConfig(
         r=rank,
@@ -102,11 +98,11 @@ def lora_config(
 
 def quantization_config(bits: int, compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
     """
-    Quantize the language model alone: tower, projector and head keep their precision.
+    Configure bitsandbytes to quantize only the language model, not the vision tower, the projector or the head.
 
     Args:
-        bits (`int`): 4, as QLoRA does it (NF4, constants quantized too), or 8 (LLM.int8).
-        compute_dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): In which 4-bit layers compute.
+        bits (`int`): 4, as in QLoRA (NF4 with double quantization), or 8 (LLM.int8).
+        compute_dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): dtype that 4-bit layers compute in.
     """
     if bits == 4:
         return BitsAndBytesConfig(
@@ -118,7 +114,7 @@ def quantization_config(bits: int, compute_dtype: torch.dtype = torch.bfloat16) 
         )
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(NOT_QUANTIZED))
-    raise ValueError(f"Got {bits!r} bits, expected 4 or 8; leave the model unquantized for more.")
+    raise ValueError(f"Got {bits!r} bits, expected 4 or 8.")
 
 
 def merge_adapter(
@@ -126,96 +122,90 @@ def merge_adapter(
     output: str | Path,
     base: str | Path | None = None,
     dtype: torch.dtype | None = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = "1GB",
 ) -> FlorenceVLForConditionalGeneration:
     """
-    Merge an adapter into its base and write the model, which loads through the Auto classes.
+    Merge a LoRA adapter into its base model, and save the model.
 
     Args:
-        adapter (`str` or `Path`): Folder or Hub id of what peft saved: `adapter_config.json` and
-            `adapter_model.safetensors`, and maybe a processor, which goes with the model.
-        output (`str` or `Path`): Folder to make. It appears when it is complete.
-        base (`str` or `Path`, *optional*): Folder or Hub id of the model below, not quantized. By default, the one
-            that `adapter_config.json` names.
-        dtype (`torch.dtype`, *optional*): Of the model. By default, as the base is stored.
-        max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): Size of a file of weights at most.
+        adapter (`str` or `Path`): Directory or Hub id of an adapter that peft saved: `adapter_config.json`,
+            `adapter_model.safetensors`, and optionally a processor, which is then saved with the model.
+        output (`str` or `Path`): Output directory. It appears when it is complete.
+        base (`str` or `Path`, *optional*): Directory or Hub id of the base model, not quantized. By default, the one
+            in `adapter_config.json`.
+        dtype (`torch.dtype`, *optional*): dtype of the model. By default, as in the base model.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"1GB"`): Maximum size of a file of weights.
 
     Returns:
         `FlorenceVLForConditionalGeneration`: The merged model.
 
     Raises:
-        CheckpointError: If the adapter is none, or does not fit its base. Nothing is written then.
+        CheckpointError: If there is no LoRA adapter, or it does not fit its base model. Nothing is written then.
     """
-    with output_directory(Path(output)) as folder:
-        adapter_folder = resolve_checkpoint(adapter, FILES)
-        config = _read_adapter_config(adapter_folder)
-        base_folder = _find_base(config, base)
-        model = FlorenceVLForConditionalGeneration.from_pretrained(base_folder, dtype=dtype or "auto")
-        merged = _merge(model, config, adapter_folder, base_folder)
-        merged.save_pretrained(folder, max_shard_size=max_shard_size)
-        has_processor = (adapter_folder / PROCESSOR_CONFIG).is_file()
-        FlorenceVLProcessor.from_pretrained(adapter_folder if has_processor else base_folder).save_pretrained(folder)
+    with output_directory(Path(output)) as directory:
+        adapter_directory = resolve_checkpoint(adapter, FILES)
+        config = _read_adapter_config(adapter_directory)
+        base_directory = _resolve_base(config, base)
+        model, processor = load_pretrained(base_directory, dtype=dtype or "auto")
+        merged = _merge(model, config, adapter_directory, base_directory)
+        merged.save_pretrained(directory, max_shard_size=max_shard_size)
+        if (adapter_directory / "processor_config.json").is_file():
+            processor = FlorenceVLProcessor.from_pretrained(adapter_directory)
+        processor.save_pretrained(directory)
         card = MergedCard(
             name=Path(output).name,
             config=merged.config,
-            processor=FlorenceVLProcessor.from_pretrained(folder),
+            processor=processor,
             base=base or config.base_model_name_or_path,
             adapter=adapter,
             num_parameters=merged.num_parameters(),
-            training=read_training(adapter_folder),
-            adapter_metadata=read_metadata(adapter_folder),
+            training=read_training(adapter_directory),
+            adapter_metadata=read_metadata(adapter_directory),
         )
-        write_card(folder, card)
+        write_card(directory, card)
     return merged
 
 
-def _read_adapter_config(folder: Path) -> PeftConfig:
-    read_json(folder / ADAPTER_CONFIG)  # says clearly if there is none
-    if (folder / "non_lora_trainables.bin").is_file():
+def _read_adapter_config(directory: Path) -> PeftConfig:
+    read_json(directory / ADAPTER_CONFIG)  # for its error if there is none
+    if (directory / "non_lora_trainables.bin").is_file():
         raise CheckpointError(
-            f"{folder} holds an adapter in the original's layout; use `florence-vl convert` with `--base`."
+            f"{directory} has an adapter in the original format; use `florence-vl convert` with `--base`."
         )
-    if not (folder / ADAPTER_WEIGHTS).is_file():
+    if not (directory / ADAPTER_WEIGHTS).is_file():
         raise CheckpointError(
-            f"{folder} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}; fetch it, or save the adapter again with "
-            f"`safe_serialization=True`: other formats may run code and are not read."
+            f"{directory} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}; download it, or save the adapter in "
+            f"safetensors: other formats can run code, and are not read."
         )
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(directory))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG} is not one that the installed peft reads ({error}); update peft, or save the "
-            f"adapter again."
+            f"The installed peft cannot read {directory / ADAPTER_CONFIG} ({error}); update peft, or save the adapter "
+            f"again."
         ) from error
     if config.peft_type != PeftType.LORA:
         raise CheckpointError(
-            f"{folder} holds an adapter of type {config.peft_type.value}, expected LORA; load it with peft."
+            f"{directory} has an adapter of type {config.peft_type.value}, expected LORA; load it with peft."
         )
     return config
 
 
-def _find_base(config: PeftConfig, base: str | Path | None) -> Path:
-    named = base or config.base_model_name_or_path
-    if not named:
-        raise CheckpointError(f"{ADAPTER_CONFIG} names no base model; name it, with `--base` on the command line.")
+def _resolve_base(config: PeftConfig, base: str | Path | None) -> Path:
+    path_or_id = base or config.base_model_name_or_path
+    if not path_or_id:
+        raise CheckpointError(f"{ADAPTER_CONFIG} names no base model; give it, with `--base` on the command line.")
     try:
-        folder = resolve_checkpoint(named, FILES, revision=None if base else config.revision)
+        directory = resolve_checkpoint(path_or_id, FILES, revision=None if base else config.revision)
     except CheckpointError as error:
-        hint = "" if base else f" {ADAPTER_CONFIG} names it as the base; name another, with `--base`."
+        hint = "" if base else f" It is the base model in {ADAPTER_CONFIG}; give another one with `--base`."
         raise CheckpointError(f"{error}{hint}") from error
-    settings = read_json(folder / "config.json")
-    known = (FlorenceVLConfig.model_type, *TEXT_MODEL_TYPES)
-    if settings.get("model_type") not in known:
+    if read_json(directory / "config.json").get("quantization_config"):
         raise CheckpointError(
-            f"The base {named} has model type {settings.get('model_type')!r}, expected "
-            f"{FlorenceVLConfig.model_type!r}; give the Florence-VL that the adapter was trained on."
-        )
-    if settings.get("quantization_config"):
-        raise CheckpointError(
-            f"The base {named} is quantized, so merging would round the adapter away; name the model that it was "
+            f"The base model {path_or_id} is quantized, so merging would lose precision; give the model that it was "
             f"quantized from, with `--base` on the command line."
         )
-    return folder
+    return directory
 
 
 def _merge(
@@ -223,18 +213,14 @@ def _merge(
 ) -> FlorenceVLForConditionalGeneration:
     config.inference_mode = True
     try:
-        # Not on the meta device: some ways to initialize LoRA, such as PiSSA, change the base, and must do so again.
+        # Not on the meta device: some initializations of LoRA, such as PiSSA, change the base model.
         wrapped = PeftModel(model, config)
-        # Not `PeftModel.from_pretrained`, which only warns of what is missing, and is silent about what is too much.
+        # `PeftModel.from_pretrained` only warns of missing tensors, and ignores unexpected ones.
         loaded = wrapped.load_adapter(str(adapter), "default", torch_device="cpu")
-        if unpaired := [*loaded.missing_keys, *loaded.unexpected_keys]:
-            raise ValueError(f"{len(unpaired)} tensors are missing or have no place, such as {unpaired[0]}")
+        if wrong := [*loaded.missing_keys, *loaded.unexpected_keys]:
+            raise ValueError(f"{len(wrong)} tensors are missing or unexpected, such as {wrong[0]}")
         return wrapped.merge_and_unload(safe_merge=True)
     except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"The adapter in {adapter} cannot be merged into {base}; give the base that it was trained on. "
-            f"What is wrong: {error}"
+            f"The adapter in {adapter} does not fit {base}; give the base model that it was trained on. {error}"
         ) from error
-
-
-__all__ = ["lora_config", "lora_target_modules", "merge_adapter", "quantization_config"]

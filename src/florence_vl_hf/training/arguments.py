@@ -1,227 +1,207 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a recipe may say, and how a recipe is read."""
+"""Settings of a training run, and recipes: YAML files of such settings."""
 
-import json
 import re
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from huggingface_hub.dataclasses import type_validator
 from transformers import HfArgumentParser, TrainingArguments
 
 from .collator import OnError
 from .stages import STAGES
 
 
-# In a recipe: the path of another one, relative to it, whose settings this one changes.
+# The recipes of the package, and the configuration files of accelerate in `accelerate/`.
+RECIPES = Path(__file__).parent / "recipes"
+# The setting that names the recipe whose settings a recipe starts from.
 EXTENDS = "extends"
 
 
 @dataclass
 class ModelArguments:
-    """Which model is trained, and what of it."""
+    """The model, and which of its parameters are trained."""
 
     model_name_or_path: str = field(
-        metadata={"help": "Folder or Hub id of a model: converted, assembled, trained, or an original checkpoint."}
+        metadata={"help": "Directory or Hub id of a model, original checkpoints included."}
     )
-    stage: str = field(default="finetune", metadata={"help": "Which parts are trained.", "choices": sorted(STAGES)})
-    dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "Precision of the weights. With `bf16: true` float32 weights are computed with in bfloat16.",
-            "choices": ["float32", "bfloat16", "float16"],
-        },
+    stage: str = field(default="finetune", metadata={"help": "Training stage.", "choices": sorted(STAGES)})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Of the weights. `bf16: true` computes in bfloat16 with float32 weights."}
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Such as sdpa or flash_attention_2; by default the best that is installed."}
-    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "Such as sdpa or flash_attention_2."})
     fusion_strategy: str | None = field(
-        default=None, metadata={"help": "For ablations: channel, token or average, instead of the model's own."}
+        default=None, metadata={"help": "For ablations: channel, token or average. By default, as in the model."}
     )
     fusion_features: list[str] | None = field(
-        default=None, metadata={"help": "For ablations: what is fused, in order, instead of the model's own."}
+        default=None, metadata={"help": "For ablations: the fused features, in order. By default, as in the model."}
     )
-    use_peft: bool = field(
-        default=False, metadata={"help": "LoRA takes the language model's place among what the stage trains."}
-    )
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRA in place of the language model's weights."})
     lora_r: int = field(default=64, metadata={"help": "Rank of LoRA."})
-    lora_alpha: float = field(default=16, metadata={"help": "Alpha of LoRA."})
+    lora_alpha: float = field(default=16.0, metadata={"help": "Alpha of LoRA."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of LoRA."})
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "Hold the frozen language model in 4 bits (QLoRA), by bitsandbytes."}
-    )
-    load_in_8bit: bool = field(
-        default=False, metadata={"help": "Hold the frozen language model in 8 bits, by bitsandbytes."}
-    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the language model below LoRA to 4 bits."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantize the language model below LoRA to 8 bits."})
 
     def __post_init__(self) -> None:
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("Got both `load_in_4bit` and `load_in_8bit`; choose one.")
         if self.num_bits is not None and not self.use_peft:
-            raise ValueError(
-                f"Weights in {self.num_bits} bits cannot be trained; add `use_peft: true`, or leave `load_in_"
-                f"{self.num_bits}bit` out."
-            )
+            raise ValueError(f"Weights in {self.num_bits} bits cannot be trained; add `use_peft: true`.")
         if self.use_peft and self.fusion_changes:
             raise ValueError(
-                "Got another fusion together with `use_peft`: an adapter is loaded onto its base, which would not "
-                "know of it. Train the whole projector with this fusion first, then LoRA on top of that model."
+                "Got another fusion together with `use_peft`: an adapter is loaded onto its base model, which has its "
+                "own fusion. Train the projector with this fusion first, then LoRA on top of that model."
             )
-        if self.use_peft and "vision_tower" in STAGES[self.stage]:
+        if self.use_peft and self.stage not in ("finetune", "language_model"):
             raise ValueError(
-                f"Stage {self.stage!r} trains the vision tower, which LoRA never touches; with `use_peft` take "
-                f"`finetune` (LoRA and the projector) or `language_model` (LoRA alone)."
-            )
-        if self.use_peft and "language_model" not in STAGES[self.stage]:
-            raise ValueError(
-                f"Stage {self.stage!r} does not train the language model, so there is nothing for LoRA; leave "
-                f"`use_peft` out, or take `finetune` or `language_model`."
+                f"Got `use_peft` with stage {self.stage!r}: LoRA trains the language model, and never the vision "
+                f"tower. Choose `finetune` (LoRA and the projector) or `language_model` (LoRA alone)."
             )
 
     @property
     def fusion_changes(self) -> dict[str, Any]:
-        """What a recipe changes about the fusion of the model's configuration."""
+        """The fields of `FlorenceVLConfig` that override those of the model."""
         changes = {"fusion_strategy": self.fusion_strategy, "fusion_features": self.fusion_features}
         return {name: value for name, value in changes.items() if value}
 
     @property
     def num_bits(self) -> int | None:
-        """Bits per weight of a quantized language model; `None` for one that is not."""
+        """Bits per weight of a quantized language model, or `None`."""
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
 
 @dataclass
 class DataArguments:
-    """What is learned from."""
+    """The data of training and evaluation."""
 
     train_file: str = field(
-        metadata={"help": "LLaVA JSON or JSONL, chat JSONL, a folder of `datasets`, or a Hub id with chat messages."}
+        metadata={"help": "LLaVA JSON or JSONL, chat JSONL, a directory of `datasets`, or a Hub id with messages."}
     )
     image_folder: str | None = field(
-        default=None, metadata={"help": "What paths of pictures are relative to; by default the file's own folder."}
+        default=None, metadata={"help": "Directory of relative image paths. By default, that of the file."}
     )
-    train_split: str = field(default="train", metadata={"help": "Split of a data set that has several."})
+    train_split: str = field(default="train", metadata={"help": "Split of a dataset that has several."})
     eval_file: dict[str, str] | str | None = field(
-        default=None, metadata={"help": "As `train_file`; or several, each under a name, which are measured apart."}
+        default=None, metadata={"help": "As `train_file`; or several by name, each evaluated separately."}
     )
-    eval_image_folder: str | None = field(default=None, metadata={"help": "As `image_folder`; by default the same."})
+    eval_image_folder: str | None = field(default=None, metadata={"help": "By default, as `image_folder`."})
     eval_split: str = field(default="train", metadata={"help": "As `train_split`."})
     chat_template: str | None = field(
-        default=None,
-        metadata={"help": "llama3, phi3, vicuna or plain (pictures and captions); by default the processor's own."},
+        default=None, metadata={"help": "llama3, phi3, vicuna or plain (captions). By default, the processor's own."}
     )
     do_pad: bool | None = field(
-        default=None,
-        metadata={"help": "Whether pictures are padded to a square before they are resized; by default as before."},
+        default=None, metadata={"help": "Pad images to squares before resizing. By default, as in the processor."}
     )
     max_length: int = field(
-        default=2048, metadata={"help": "Samples are cut here, in tokens with those of pictures; pictures never are."}
+        default=2048, metadata={"help": "Truncate samples to this many tokens. Image tokens count, and are never cut."}
     )
-    on_error: OnError = field(
-        default="skip", metadata={"help": "What a broken sample does: it is left out and counted, or it ends the run."}
-    )
+    on_error: OnError = field(default="skip", metadata={"help": "Skip and count broken samples, or raise an error."})
 
     def __post_init__(self) -> None:
         if self.max_length < 1:
             raise ValueError(f"Got `max_length: {self.max_length}`, expected at least 1.")
-        if isinstance(self.eval_file, str) and self.eval_file.startswith("{"):
-            self.eval_file = json.loads(self.eval_file)
 
     @property
     def eval_files(self) -> dict[str | None, str]:
-        """Evaluation sets by name. A single one has none."""
-        if self.eval_file is None:
-            return {}
-        return {None: self.eval_file} if isinstance(self.eval_file, str) else dict(self.eval_file)
+        """Evaluation sets by name; `None` is the name of a single one."""
+        if isinstance(self.eval_file, dict):
+            return dict(self.eval_file)
+        return {} if self.eval_file is None else {None: self.eval_file}
 
 
 @dataclass
 class FlorenceVLTrainingArguments(TrainingArguments):
-    """Transformers' `TrainingArguments`, with learning rates per part and answers in evaluation."""
+    """`TrainingArguments` with learning rates per part of the model, and generated answers in evaluation."""
 
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Columns of the data are what the collator reads: they stay."}
-    )
-    projector_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the projector; by default `learning_rate`."}
-    )
-    vision_tower_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the vision tower; by default `learning_rate`."}
-    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads all columns."})
+    projector_learning_rate: float | None = field(default=None, metadata={"help": "By default, `learning_rate`."})
+    vision_tower_learning_rate: float | None = field(default=None, metadata={"help": "By default, `learning_rate`."})
     predict_with_generate: bool = field(
-        default=False, metadata={"help": "In evaluation, also let the model answer, and measure the answers."}
+        default=False, metadata={"help": "Generate and measure answers in evaluation."}
     )
-    generation_max_new_tokens: int = field(
-        default=64, metadata={"help": "Length at most of an answer in evaluation, in tokens."}
-    )
+    generation_max_new_tokens: int = field(default=64, metadata={"help": "Maximum length of an answer, in tokens."})
     answer_metric: str = field(
         default="exact_match",
         metadata={
-            "help": "What measures answers: exact_match, or `package.module:function` of yours, which takes lists of "
-            "answers and references and returns numbers by name."
+            "help": "exact_match, or the `package.module:function` of a function that takes a list of answers and a "
+            "list of references and returns a dict of floats."
         },
     )
     auto_resume: bool = field(
         default=True,
-        metadata={
-            "help": "Go on from the last complete checkpoint in `output_dir`, if there is one. With false, a folder "
-            "that holds any is refused: checkpoints of two runs would replace each other."
-        },
+        metadata={"help": "Resume from the last complete checkpoint in `output_dir`. With false, one is an error."},
     )
 
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, FlorenceVLTrainingArguments)
+SETTINGS: dict[str, Field] = {
+    setting.name: setting for arguments in ARGUMENT_CLASSES for setting in fields(arguments) if setting.init
+}
+# Not `Field.type`, which `HfArgumentParser` replaces.
+TYPES = {name: kind for arguments in ARGUMENT_CLASSES for name, kind in get_type_hints(arguments).items()}
+# Renamed in Transformers 5.23. Recipes may use either name.
+CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in SETTINGS else "gradient_checkpointing"
 
 
-def read_recipe(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+def find_recipe(name: str | Path, directory: Path = Path()) -> Path:
     """
-    Read a recipe, the recipes that it extends, and changes to it.
+    Find a recipe by its path, relative to `directory`, or its name in the package, such as `ablations/fusion_token`.
+    An existing path takes precedence. Raises a `ValueError` if there is none.
+    """
+    for path in (directory / name, RECIPES / name, RECIPES / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    files = [*RECIPES.glob("*.yaml"), *RECIPES.glob("ablations/*.yaml")]
+    names = sorted(file.relative_to(RECIPES).with_suffix("").as_posix() for file in files)
+    raise ValueError(f"There is no recipe {name}; give the path of a YAML file, or one of {', '.join(names)}.")
+
+
+def read_recipe(recipe: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """
+    Read a recipe, the recipes that it extends, and overrides of its settings.
 
     Args:
-        path (`str` or `Path`): A YAML file of settings. `extends` in it names another one, relative to it.
-        overrides (`list[str]`, *optional*): Changes as `key=value`, the value as YAML.
+        recipe (`str` or `Path`): As in `find_recipe`. The setting `extends` is the name or path of another recipe,
+            relative to this one, whose settings it overrides.
+        overrides (`list[str]`, *optional*): Settings as `key=value`, the value in YAML.
 
     Raises:
-        ValueError: If a file is no recipe, recipes extend one another in a circle, or a change has no `=`.
+        ValueError: If a file is not a recipe, a recipe extends itself, or an override has no `=`.
     """
-    recipe = _read_with_parents(Path(path), ())
+    settings = _read_with_parents(find_recipe(recipe), ())
     for override in overrides or []:
-        key, separator, value = override.partition("=")
-        if not (separator and key.strip()):
-            raise ValueError(f"{override!r} is no change of a setting; give it as key=value.")
-        recipe[key.strip()] = _parse_yaml(value, f"the value of --set {key.strip()}")
-    return recipe
+        name, separator, value = override.partition("=")
+        if not (separator and name.strip()):
+            raise ValueError(f"Got the override {override!r}, expected key=value.")
+        settings[name.strip()] = _parse_yaml(value, f"the value of {name.strip()}")
+    return settings
 
 
 def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in children:
-        raise ValueError(f"{path} extends itself, by way of {children[-1]}; leave one `{EXTENDS}` out.")
-    if not path.is_file():
-        raise ValueError(f"There is no recipe {path}.")
-    recipe = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} is no recipe; it should hold lines such as `learning_rate: 1.0e-5`.")
-    parent = recipe.pop(EXTENDS, None)
+        raise ValueError(f"{path} extends itself, through {children[-1]}; remove one `{EXTENDS}`.")
+    settings = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is not a recipe; expected lines such as `learning_rate: 1.0e-5`.")
+    parent = settings.pop(EXTENDS, None)
     if parent is None:
-        return recipe
+        return settings
     if not isinstance(parent, str):
-        raise ValueError(f"`{EXTENDS}` in {path} is {parent!r}, expected the path of one recipe.")
-    return _read_with_parents(path.parent / parent, (*children, path.resolve())) | recipe
+        raise ValueError(f"Got `{EXTENDS}: {parent!r}` in {path}, expected the name or path of one recipe.")
+    return _read_with_parents(find_recipe(parent, path.parent), (*children, path.resolve())) | settings
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """As in YAML 1.2, `no` and `off` are words, so `save_strategy: no` means what it says, and 1e-5 is a number."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    """As in YAML 1.2, `no` and `off` are strings, so `save_strategy: no` works, and 1e-5 is a number."""
 
 
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+_RecipeLoader.add_constructor(
+    "tag:yaml.org,2002:bool", lambda _, node: {"true": True, "false": False}.get(node.value.lower(), node.value)
 )
 _RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
@@ -232,59 +212,72 @@ def _parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, _RecipeLoader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{source} is no YAML: {error}") from error
-
-
-def describe_settings() -> str:
-    """The settings that recipes have beside those of `TrainingArguments`, a line each."""
-    of_trainer = {argument.name for argument in fields(TrainingArguments)}
-    lines = []
-    for arguments in ARGUMENT_CLASSES:
-        for argument in fields(arguments):
-            if argument.name not in of_trainer:
-                default = "needed" if argument.default is MISSING else f"default {argument.default}"
-                choices = argument.metadata.get("choices")
-                help_text = argument.metadata["help"] + (f" One of {', '.join(choices)}." if choices else "")
-                lines.append(f"{argument.name} ({default}): {help_text}")
-    lines.append("And all of transformers.TrainingArguments, such as output_dir and learning_rate.")
-    return "\n".join(lines)
-
-
-class _RecipeParser(HfArgumentParser):
-    """Reports a wrong value as an error, where a command line would end the program."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise ValueError(f"{source} is not YAML: {error}") from error
 
 
 def parse_recipe(recipe: dict[str, Any]) -> tuple[ModelArguments, DataArguments, FlorenceVLTrainingArguments]:
     """
-    Turn the settings of a recipe into arguments, each of its right type.
+    Build the arguments of a run from the settings of a recipe. A setting that is `None` has its default.
 
     Raises:
-        ValueError: If a setting is unknown, missing or of a wrong type.
+        ValueError: If a setting is unknown, missing or of a wrong type, or settings do not fit together.
     """
-    known = {argument.name for arguments in ARGUMENT_CLASSES for argument in fields(arguments) if argument.init}
-    for name in recipe:
-        if name not in known:
-            close = get_close_matches(str(name), known, n=1)
+    settings = {}
+    for name, value in recipe.items():
+        name = re.sub("^(gradient|activation)_checkpointing", CHECKPOINTING, name)
+        if name not in SETTINGS:
+            close = get_close_matches(name, SETTINGS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "`florence-vl train --settings` lists them."
             raise ValueError(f"A recipe has no setting {name!r}; {hint}")
-    # By way of text, since YAML takes 1e-5 for text and the parser knows every setting's type.
-    words: list[str] = []
-    for name, value in recipe.items():
         if value is not None:
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
-    parser = _RecipeParser(ARGUMENT_CLASSES, prog="recipe")
-    return parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+            settings[name] = _convert(name, value)
+    if missing := [name for name, setting in SETTINGS.items() if _is_required(setting) and name not in settings]:
+        raise ValueError(f"The recipe lacks {' and '.join(missing)}; add it, in the file or with `--set`.")
+    return HfArgumentParser(ARGUMENT_CLASSES).parse_dict(settings)
 
 
-__all__ = [
-    "DataArguments",
-    "FlorenceVLTrainingArguments",
-    "ModelArguments",
-    "describe_settings",
-    "parse_recipe",
-    "read_recipe",
-]
+def _convert(name: str, value: Any) -> Any:
+    """Convert a value to the type of a setting where that loses nothing, and refuse any other type or choice."""
+    is_union = get_origin(TYPES[name]) in (Union, UnionType)
+    kinds = {get_origin(kind) or kind for kind in (get_args(TYPES[name]) if is_union else (TYPES[name],))}
+    if isinstance(value, str) and not kinds & {str, Literal}:
+        value = _parse_yaml(value, name)  # a number or a boolean in quotes
+    if type(value) is int and float in kinds and int not in kinds:
+        value = float(value)
+    elif type(value) in (int, float) and str in kinds and type(value) not in kinds:
+        value = str(value)
+    elif list in kinds and str not in kinds and not isinstance(value, list):
+        value = [value]
+    choices = _choices(name)
+    try:
+        type_validator(name, value, TYPES[name])
+        if choices and value not in choices:
+            raise TypeError
+    except TypeError as error:
+        kind = TYPES[name].__name__ if isinstance(TYPES[name], type) else TYPES[name]
+        expected = f"one of {', '.join(map(repr, choices))}" if choices else kind
+        raise ValueError(f"Got `{name}: {value!r}`, expected {expected}.") from error
+    return value
+
+
+def _choices(name: str) -> list[str]:
+    return SETTINGS[name].metadata.get("choices") or list(
+        get_args(TYPES[name]) if get_origin(TYPES[name]) is Literal else ()
+    )
+
+
+def _is_required(setting: Field) -> bool:
+    return setting.default is MISSING and setting.default_factory is MISSING
+
+
+def describe_settings() -> str:
+    """List the settings of recipes that `TrainingArguments` does not have, one per line."""
+    of_transformers, lines = {setting.name for setting in fields(TrainingArguments)}, []
+    for name, setting in SETTINGS.items():
+        if name in of_transformers:
+            continue
+        default = "required" if _is_required(setting) else f"default {setting.default}"
+        choices = _choices(name)
+        one_of = f" One of {', '.join(choices)}." if choices else ""
+        lines.append(f"{name} ({default}): {setting.metadata['help']}{one_of}")
+    return "\n".join([*lines, "And all of transformers.TrainingArguments, such as output_dir and learning_rate."])

@@ -1,13 +1,15 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Reading of a whole dataset before it is trained on: what is wrong with it, and how long its samples are."""
+"""Check a whole dataset before training: what is wrong with its samples, and how long they are."""
 
 import copy
 import json
+import math
 import os
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TextIO
 
 import datasets
 from PIL import Image
@@ -16,31 +18,25 @@ from tqdm import tqdm
 from transformers.processing_utils import ImagesKwargs
 
 from ..processing import FlorenceVLProcessor, load_chat_template
-from .conversation_data import Problem, SampleError, insert_pictures, open_picture, read_messages
+from .collator import IGNORED_LABEL, FlorenceVLCollator
+from .samples import Message, Problem, SampleError, open_image, read_sample
 
 
-# What training takes as it is: told, but no reason to fail.
-NOTES = {Problem.TOO_LONG: "training cuts them"}
-ROWS_PER_BATCH = 16
+# Reported, but not an error.
+NOTES = {Problem.TOO_LONG: "training truncates them"}
+SAMPLES_PER_BATCH = 16
 HISTOGRAM_ROWS = 16
 HISTOGRAM_WIDTH = 40
 QUANTILES = {"median": 0.5, "90 %": 0.9, "99 %": 0.99}
 
 
-@dataclass(frozen=True)
+@dataclass
 class SampleCheck:
-    """
-    What was found in one sample.
-
-    Args:
-        num_rounds (`int`): Of question and answer. 0 where the row cannot be read as a conversation.
-        num_tokens (`int`, *optional*): With those of pictures. `None` where they were not or cannot be counted.
-        problems (`list[SampleError]`): Each names the sample.
-    """
+    """The result for one sample. `num_turns` is 0 if it cannot be parsed; `num_tokens` includes image tokens."""
 
     id: str
-    num_pictures: int = 0
-    num_rounds: int = 0
+    num_images: int = 0
+    num_turns: int = 0
     num_tokens: int | None = None
     problems: list[SampleError] = field(default_factory=list)
 
@@ -48,42 +44,37 @@ class SampleCheck:
 @dataclass
 class DataReport:
     """
-    What was found in a dataset.
+    The result for a dataset.
 
     Args:
-        num_broken (`int`): Samples that training refuses or learns nothing from, those that are unreadable included.
-        num_unreadable (`int`): Samples whose row is no conversation. The numbers below are of the others.
-        lengths (`Counter[int]`): How many samples have so many tokens. Empty without a tokenizer.
-        problems (`Counter[Problem]`): How often each occurs; a sample may have several.
-        examples (`dict[Problem, list[str]]`): The messages of the first few of each kind.
+        num_broken (`int`): Samples that training skips or learns nothing from.
+        images, turns, lengths (`Counter[int]`): How many samples have that many images, turns and tokens. Samples that
+            cannot be parsed are in none of them; without a processor, `lengths` is empty.
+        problems (`Counter[Problem]`): How often each problem occurs. A sample may have several.
+        examples (`dict[Problem, list[str]]`): The first `num_examples` messages of each problem.
     """
 
     max_length: int
     num_examples: int = 5
     num_samples: int = 0
     num_broken: int = 0
-    num_unreadable: int = 0
-    num_with_pictures: int = 0
-    num_pictures: int = 0
-    num_rounds: int = 0
-    max_rounds: int = 0
+    images: Counter[int] = field(default_factory=Counter)
+    turns: Counter[int] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
     problems: Counter[Problem] = field(default_factory=Counter)
     examples: dict[Problem, list[str]] = field(default_factory=dict)
 
     @property
     def is_sound(self) -> bool:
-        """Whether training takes every sample."""
+        """Whether training can use every sample."""
         return self.num_broken == 0
 
     def add(self, check: SampleCheck) -> None:
         self.num_samples += 1
         self.num_broken += any(error.problem not in NOTES for error in check.problems)
-        self.num_unreadable += check.num_rounds == 0
-        self.num_with_pictures += check.num_pictures > 0
-        self.num_pictures += check.num_pictures
-        self.num_rounds += check.num_rounds
-        self.max_rounds = max(self.max_rounds, check.num_rounds)
+        if check.num_turns:
+            self.images[check.num_images] += 1
+            self.turns[check.num_turns] += 1
         if check.num_tokens is not None:
             self.lengths[check.num_tokens] += 1
         for error in check.problems:
@@ -103,199 +94,117 @@ def check_data(
     report_file: str | Path | None = None,
 ) -> DataReport:
     """
-    Read every sample of a dataset once, as training would, but without preprocessing its pictures.
+    Read every sample of a dataset once, as training does, but without preprocessing its images.
 
     Args:
-        dataset (`datasets.Dataset`): As `load_conversations` gives it.
-        processor (`FlorenceVLProcessor`, *optional*): The model's, to count tokens with. Without, lengths are not
-            checked.
-        max_length (`int`, *optional*, defaults to 2048): What training cuts samples at, in tokens.
-        chat_template (`str`, *optional*): Instead of the processor's own, one of `CHAT_TEMPLATES`.
-        num_workers (`int`, *optional*): Processes that read; 0 is this one. By default, one per core.
-        num_examples (`int`, *optional*, defaults to 5): How many problems of each kind the report keeps.
-        report_file (`str` or `Path`, *optional*): Where every problem is written, as one line of JSON with `id`,
-            `problem` and `message`.
+        dataset (`datasets.Dataset`): A dataset of `load_conversations`.
+        processor (`FlorenceVLProcessor`, *optional*): The model's processor. Without it, lengths are not checked.
+        max_length (`int`, *optional*, defaults to 2048): The number of tokens that training truncates samples to.
+        chat_template (`str`, *optional*): One of `CHAT_TEMPLATES`, or a template. By default, the processor's own.
+        num_workers (`int`, *optional*): Processes that read samples; 0 is this one. By default, one per core.
+        num_examples (`int`, *optional*, defaults to 5): How many messages of each problem the report holds.
+        report_file (`str` or `Path`, *optional*): A file to write every problem to, as one line of JSON with `id`,
+            `problem` and `message`. An existing file is overwritten if it is such a report.
+
+    Raises:
+        FileExistsError: If `report_file` is another file, such as the data.
     """
     if num_workers is None:
         num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # A process costs more to start than a few samples to read.
-    num_workers = min(num_workers, len(dataset) // ROWS_PER_BATCH)
     batches = DataLoader(
         dataset,
-        batch_size=ROWS_PER_BATCH,
-        num_workers=num_workers,
-        collate_fn=_Checker(processor, max_length, chat_template),
+        batch_size=SAMPLES_PER_BATCH,
+        # Starting a process takes longer than reading a few samples.
+        num_workers=min(num_workers, len(dataset) // SAMPLES_PER_BATCH),
+        collate_fn=_SampleChecker(processor, max_length, chat_template),
     )
     report = DataReport(max_length=max_length, num_examples=num_examples)
-    file = None if report_file is None else open(report_file, "w", encoding="utf-8")
-    try:
-        with tqdm(total=len(dataset), desc="Samples", leave=False) as progress:
-            for checks in batches:
-                for check in checks:
-                    report.add(check)
-                    for error in check.problems if file else []:
-                        line = {"id": check.id, "problem": error.problem, "message": str(error)}
-                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                progress.update(len(checks))
-    finally:
-        if file:
-            file.close()
+    with (
+        nullcontext() if report_file is None else _open_report(Path(report_file)) as file,
+        tqdm(total=len(dataset), desc="Samples", leave=False) as progress,
+    ):
+        for checks in batches:
+            for check in checks:
+                report.add(check)
+                lines = [{"id": check.id, "problem": error.problem, "message": str(error)} for error in check.problems]
+                if file is not None:
+                    file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            progress.update(len(checks))
     return report
 
 
-def format_report(report: DataReport) -> str:
-    """The report as text for a terminal."""
-    num_readable = report.num_samples - report.num_unreadable
-    unreadable = f", {report.num_unreadable:,} unreadable" if report.num_unreadable else ""
-    lines = [
-        f"{report.num_samples:,} samples: {report.num_with_pictures:,} with pictures ({report.num_pictures:,} "
-        f"pictures), {num_readable - report.num_with_pictures:,} without{unreadable}; "
-        f"{report.num_rounds / max(num_readable, 1):.1f} rounds on average, {report.max_rounds:,} at most."
-    ]
-    for problem in Problem:
-        if count := report.problems[problem]:
-            note = f" ({NOTES[problem]})" if problem in NOTES else ""
-            lines += ["", f"{problem}: {count:,}{note}", *(f"  {message}" for message in report.examples[problem])]
-            if (hidden := count - len(report.examples[problem])) > 0:
-                lines.append(f"  … and {hidden:,} more")
-    lines += ["", *_format_lengths(report.lengths, report.max_length), ""]
-    if report.is_sound:
-        lines.append(f"All {report.num_samples:,} samples are sound.")
-    else:
-        lines.append(f"{report.num_broken:,} of {report.num_samples:,} samples have problems.")
-    return "\n".join(lines)
+def _open_report(path: Path) -> TextIO:
+    if path.exists() and path.stat().st_size:
+        try:
+            with open(path, encoding="utf-8") as file:
+                is_report = json.loads(file.readline(1 << 20)).keys() == {"id", "problem", "message"}
+        except (ValueError, AttributeError):
+            is_report = False
+        if not is_report:
+            raise FileExistsError(f"{path} exists and is not a report; choose another file for the report.")
+    return open(path, "w", encoding="utf-8")
 
 
-def _format_lengths(lengths: Counter[int], max_length: int) -> list[str]:
-    if not lengths:
-        return ["Lengths were not counted: that takes the model's tokenizer, named by --model."]
-    total, longest = lengths.total(), max(lengths)
-    figures = [f"mean {sum(length * count for length, count in lengths.items()) / total:,.0f}"]
-    figures += [f"{name} {_quantile(lengths, share):,}" for name, share in QUANTILES.items()]
-    lines = [f"Tokens per sample: {', '.join(figures)}, longest {longest:,}; max_length is {max_length:,}."]
-
-    width = 1
-    while longest // width >= HISTOGRAM_ROWS:
-        width *= 2
-    bins: Counter[int] = Counter()
-    for length, count in lengths.items():
-        bins[length // width] += count
-    digits, highest = len(f"{longest + width:,}"), max(bins.values())
-    for row in range(min(bins), max(bins) + 1):
-        bar = "#" * -(-HISTOGRAM_WIDTH * bins[row] // highest)
-        span = f"{row * width:>{digits},} - {(row + 1) * width - 1:>{digits},}"
-        lines.append(f"  {span}  {bins[row]:>{len(f'{highest:,}')},}  {bar}".rstrip())
-    return lines
-
-
-def _quantile(lengths: Counter[int], share: float) -> int:
-    """The shortest length that so large a share of samples does not exceed."""
-    seen, total = 0, lengths.total()
-    for length in sorted(lengths):
-        seen += lengths[length]
-        if seen >= share * total:
-            return length
-    return max(lengths)
-
-
-class _Checker:
-    """Checks rows, in processes of a `DataLoader`."""
+class _SampleChecker:
+    """Checks batches of samples, in the workers of a `DataLoader`."""
 
     def __init__(self, processor: FlorenceVLProcessor | None, max_length: int, chat_template: str | None) -> None:
         self.max_length = max_length
-        self.count_tokens = None if processor is None else _TokenCounter(processor, chat_template)
+        self.collator = None
+        if processor is not None:
+            processor = copy.copy(processor)
+            processor.image_processor = _NoPixels()
+            if chat_template is not None and "{" not in chat_template:
+                chat_template = load_chat_template(chat_template, processor.tokenizer, processor.image_token)
+            processor.chat_template = chat_template or processor.chat_template
+            self.collator = FlorenceVLCollator(processor)
 
-    def __call__(self, rows: list[dict[str, Any]]) -> list[SampleCheck]:
-        return [self.check(row) for row in rows]
+    def __call__(self, samples: list[dict[str, Any]]) -> list[SampleCheck]:
+        return [self.check(sample) for sample in samples]
 
-    def check(self, row: dict[str, Any]) -> SampleCheck:
+    def check(self, sample: dict[str, Any]) -> SampleCheck:
+        check = SampleCheck(sample["id"])
         try:
-            messages, pictures = read_messages(row)
+            read = read_sample(sample)
+            check.num_images = len(read.images)
+            check.num_turns = sum(message["role"] == "assistant" for message in read.messages)
+            for image in read.images:
+                try:
+                    open_image(image)
+                except SampleError as error:
+                    check.problems.append(error)
+            self._check_tokens(read.messages, check)
         except SampleError as error:
-            return SampleCheck(row["id"], problems=[error])
-        problems = []
-        for picture in pictures:
-            try:
-                open_picture(picture, row)
-            except SampleError as error:
-                problems.append(error)
-        num_tokens, complaints = self._complaints(messages)
-        problems += [SampleError(f"Sample {row['id']!r}: {reason}.", problem) for problem, reason in complaints]
-        return SampleCheck(
-            row["id"],
-            num_pictures=len(pictures),
-            num_rounds=sum(message["role"] == "assistant" for message in messages),
-            num_tokens=num_tokens,
-            problems=problems,
-        )
+            check.problems.append(error)
+        for problem in check.problems:
+            problem.sample_id = check.id
+        return check
 
-    def _complaints(self, messages: list[dict[str, Any]]) -> tuple[int | None, list[tuple[Problem, str]]]:
-        """The number of tokens, and what they, or the lack of them, are to be blamed for."""
+    def _check_tokens(self, messages: list[Message], check: SampleCheck) -> None:
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        is_empty = not any(item["text"].strip() for answer in answers for item in answer)
-        complaints = [(Problem.NOTHING_TO_LEARN, "no answer has any text; leave the sample out")] if is_empty else []
-        if self.count_tokens is None:
-            return None, complaints
-        tokens = self.count_tokens(messages)
-        remedy = f"max_length is {self.max_length:,}; raise it, or leave the sample out"
-        if tokens.end_of_pictures > self.max_length:
-            found = f"its pictures end after token {tokens.end_of_pictures:,}"
-            complaints.append((Problem.PICTURES_TOO_LONG, f"{found}; {remedy}"))
-        elif tokens.total > self.max_length:
-            complaints.append((Problem.TOO_LONG, f"it has {tokens.total:,} tokens; {remedy}"))
-        if tokens.start_of_answers is None:
-            found = "the chat template marks no answer; use one with {% generation %} around what the assistant says"
-            complaints.append((Problem.NOTHING_TO_LEARN, found))
-        elif tokens.start_of_answers >= self.max_length and not is_empty:
-            found = f"its first answer begins after token {tokens.start_of_answers:,}"
-            complaints.append((Problem.NOTHING_TO_LEARN, f"{found}; {remedy}"))
-        return tokens.total, complaints
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """Where things are in a sample, in tokens."""
-
-    total: int
-    end_of_pictures: int
-    start_of_answers: int | None
-
-
-class _TokenCounter:
-    """The processor itself, with its images' tokens and its chat template, but for the work on pixels."""
-
-    def __init__(self, processor: FlorenceVLProcessor, chat_template: str | None) -> None:
-        if chat_template is not None and "{" not in chat_template:
-            # Once, rather than for each sample.
-            chat_template = load_chat_template(chat_template, processor.tokenizer, processor.image_token)
-        self.chat_template = chat_template
-        self.processor = copy.copy(processor)
-        self.processor.image_processor = _NoPixels()
-        self.blank = Image.new("RGB", (1, 1))
-
-    def __call__(self, messages: list[dict[str, Any]]) -> _Tokens:
-        num_pictures = sum(item["type"] == "image" for message in messages for item in message["content"])
-        encoded = self.processor.apply_chat_template(
-            insert_pictures(messages, [self.blank] * num_pictures),
-            chat_template=self.chat_template,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            # The report tells of what is too long.
-            processor_kwargs={"text_kwargs": {"verbose": False}},
-        )
-        ids, is_said = encoded["input_ids"][0], encoded["assistant_masks"][0]
-        return _Tokens(
-            total=len(ids),
-            end_of_pictures=max(
-                (i + 1 for i, token in enumerate(ids) if token == self.processor.image_token_id), default=0
-            ),
-            start_of_answers=is_said.index(1) if 1 in is_said else None,
-        )
+        has_text = any(item["text"].strip() for answer in answers for item in answer)
+        nothing_to_learn = None if has_text else "No answer has any text; remove the sample."
+        if self.collator is not None:
+            blank = [Image.new("RGB", (1, 1))] * check.num_images
+            encoded = self.collator.encode({"messages": messages, "images": blank})
+            ids, labels = encoded["input_ids"].tolist(), encoded["labels"].tolist()
+            image_token_id, check.num_tokens = self.collator.processor.image_token_id, len(ids)
+            advice = f"{self.max_length:,} tokens; increase max_length, or remove the sample."
+            if ids[: self.max_length].count(image_token_id) < ids.count(image_token_id):
+                check.problems.append(SampleError(f"Its images do not fit into {advice}", Problem.IMAGES_TOO_LONG))
+            elif len(ids) > self.max_length:
+                reason = f"It has {len(ids):,} tokens, and is truncated to {advice}"
+                check.problems.append(SampleError(reason, Problem.TOO_LONG))
+            if set(labels) == {IGNORED_LABEL}:
+                nothing_to_learn = "The chat template has no {% generation %} around the answers; use one that has."
+            elif has_text and set(labels[: self.max_length]) == {IGNORED_LABEL}:
+                nothing_to_learn = f"Its first answer begins after {advice}"
+        if nothing_to_learn:
+            check.problems.append(SampleError(nothing_to_learn, Problem.NOTHING_TO_LEARN))
 
 
 class _NoPixels:
-    """Stands where an image processor does, and makes nothing of pictures."""
+    """Takes the place of an image processor where only tokens are needed."""
 
     valid_kwargs = ImagesKwargs
     model_input_names: ClassVar[list[str]] = []
@@ -305,6 +214,49 @@ class _NoPixels:
 
     def __call__(self, images: Any, **kwargs: Any) -> dict[str, Any]:
         return {}
+
+
+def format_report(report: DataReport) -> str:
+    """Format a report for a terminal."""
+    num_parsed, num_without = report.turns.total(), report.images[0]
+    num_turns = sum(turns * count for turns, count in report.turns.items())
+    num_images = sum(images * count for images, count in report.images.items())
+    unreadable = f", {report.num_samples - num_parsed:,} unreadable" if num_parsed < report.num_samples else ""
+    lines = [
+        f"{report.num_samples:,} samples: {num_parsed - num_without:,} with images ({num_images:,} images), "
+        f"{num_without:,} without{unreadable}; {num_turns / max(num_parsed, 1):.1f} turns on average, "
+        f"{max(report.turns, default=0):,} at most."
+    ]
+    for problem in Problem:
+        if count := report.problems[problem]:
+            note = f" ({NOTES[problem]})" if problem in NOTES else ""
+            lines += ["", f"{problem}: {count:,}{note}", *(f"  {message}" for message in report.examples[problem])]
+            if (hidden := count - len(report.examples[problem])) > 0:
+                lines.append(f"  … and {hidden:,} more")
+    lines += ["", *_format_lengths(sorted(report.lengths.elements()), report.max_length), ""]
+    if report.is_sound:
+        lines.append(f"All {report.num_samples:,} samples are valid.")
+    else:
+        lines.append(f"{report.num_broken:,} of {report.num_samples:,} samples have problems.")
+    return "\n".join(lines)
+
+
+def _format_lengths(lengths: list[int], max_length: int) -> list[str]:
+    if not lengths:
+        return ["Lengths were not counted; set --model to count them with the model's tokenizer."]
+    total, longest = len(lengths), lengths[-1]
+    quantiles = [f"{name} {lengths[math.ceil(share * total) - 1]:,}" for name, share in QUANTILES.items()]
+    values = ", ".join([f"mean {sum(lengths) / total:,.0f}", *quantiles, f"longest {longest:,}"])
+    lines = [f"Tokens per sample: {values}; max_length is {max_length:,}."]
+    # The power of two that gives at most HISTOGRAM_ROWS rows.
+    width = 1 << (longest // HISTOGRAM_ROWS).bit_length()
+    bins = Counter(length // width for length in lengths)
+    highest = max(bins.values())
+    for row in range(min(bins), max(bins) + 1):
+        bar = "#" * math.ceil(HISTOGRAM_WIDTH * bins[row] / highest)
+        span = " - ".join(f"{value:>{len(f'{longest + width:,}')},}" for value in (row * width, (row + 1) * width - 1))
+        lines.append(f"  {span}  {bins[row]:>{len(f'{highest:,}')},}  {bar}".rstrip())
+    return lines
 
 
 __all__ = ["DataReport", "SampleCheck", "check_data", "format_report"]

@@ -1,93 +1,93 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Conversations become padded batches, with labels where the assistant speaks."""
+"""Padded batches of conversations, with labels on the assistant's answers."""
 
 import multiprocessing
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from ..processing import FlorenceVLProcessor
-from .conversation_data import Problem, SampleError, to_messages
+from .samples import Problem, SampleError, sample_id, to_messages
 
 
 logger = logging.get_logger(__name__)
 
 IGNORED_LABEL = -100
 
-# What a broken sample does: it is left out of its batch and counted, or it ends the run.
+# What to do with a broken sample: skip and count it, or raise its error.
 OnError = Literal["skip", "raise"]
+T = TypeVar("T")
 
 
 class FlorenceVLCollator:
     """
-    Turns rows of `load_conversations`, or any rows with `messages` and `images`, into a batch to train on.
+    Pad a batch of samples and build labels.
 
-    Rows are padded on the right. Labels are the ids of what the assistant says in any of its turns, with the end of
-    the turn, and -100 elsewhere. Rows with pictures, with several, and without any may stand in one batch.
+    Samples are padded on the right. Labels are the token ids of all answers of the assistant, with the end of each
+    turn, and -100 elsewhere. A batch may mix samples with one image, with several, and without any.
 
     Args:
-        processor (`FlorenceVLProcessor`): The model's.
-        max_length (`int`, *optional*): Rows are cut to this many tokens, those of pictures counted. A picture is never
-            cut: a row whose pictures do not fit is broken.
-        on_error (`str`, *optional*, defaults to `"skip"`): What a broken row does. `skip` leaves it out of the batch,
-            warns, and counts it in `num_skipped`; of a batch without any sound row one row remains that has no
-            labels, since other processes wait for this one. `raise` passes its `SampleError` on.
+        processor (`FlorenceVLProcessor`): The model's processor.
+        max_length (`int`, *optional*): Samples are truncated to this many tokens, image tokens included. Images are
+            never truncated: a sample whose images do not fit is broken.
+        on_error (`str`, *optional*, defaults to `"skip"`): What to do with a broken sample. `skip` removes it from the
+            batch, warns, and counts it in `num_skipped`; if no sample is left, the batch is one token without labels,
+            because other processes wait for this one. `raise` raises its `SampleError`.
     """
 
     def __init__(
-        self,
-        processor: FlorenceVLProcessor,
-        max_length: int | None = None,
-        on_error: OnError = "skip",
+        self, processor: FlorenceVLProcessor, max_length: int | None = None, on_error: OnError = "skip"
     ) -> None:
         self.processor = processor
         self.max_length = max_length
         self.on_error = on_error
-        # Shared with the processes that load the data: they collate, and this one reports.
+        # Shared with the workers of a `DataLoader`, which collate.
         self._num_skipped = multiprocessing.get_context("spawn").Value("q", 0)
 
     @property
     def num_skipped(self) -> int:
-        """Number of broken rows that were left out so far, by this process and those that load its data."""
+        """The number of broken samples skipped so far, by this process and its data workers."""
         return self._num_skipped.value
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
+        Collate samples of `load_conversations`, or any that `to_messages` accepts.
+
         Returns:
             `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels` of shape
-            `(batch_size, sequence_length)`; `pixel_values` of shape `(num_images, 3, image_size, image_size)`, if
-            there is any picture.
+            `(batch_size, sequence_length)`; with images, `pixel_values` of shape
+            `(num_images, 3, image_size, image_size)`.
 
         Raises:
-            SampleError: If a row is broken, and `on_error` is `raise`.
+            SampleError: If a sample is broken and `on_error` is `raise`.
         """
-        samples = self._sound(rows, self.encode) or [self._empty_sample()]
-        length = max(len(sample["input_ids"]) for sample in samples)
+        encoded = self._skip_broken(samples, self.encode) or [self._empty_sample()]
         pad_token_id = self.processor.tokenizer.pad_token_id
+        padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORED_LABEL}
         batch = {
-            "input_ids": _pad(samples, "input_ids", length, pad_token_id),
-            "attention_mask": _pad(samples, "attention_mask", length, 0),
-            "labels": _pad(samples, "labels", length, IGNORED_LABEL),
+            name: pad_sequence([sample[name] for sample in encoded], batch_first=True, padding_value=value)
+            for name, value in padding.items()
         }
-        pixel_values = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
+        pixel_values = [sample["pixel_values"] for sample in encoded if "pixel_values" in sample]
         if pixel_values:
             batch["pixel_values"] = torch.cat(pixel_values)
         return batch
 
-    def prompts(self, rows: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    def prompts(self, samples: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[str]]:
         """
-        What the model is asked in each row, up to its last answer, and that answer: to let the model answer itself.
+        Build the prompts of samples up to their last answers, for evaluation with `generate`.
 
         Returns:
-            `tuple[dict[str, torch.Tensor], list[str]]`: Inputs of `generate`, padded on the left, and the text of the
-            right answers. Both are empty if no row is sound.
+            `tuple[dict[str, torch.Tensor], list[str]]`: The inputs of `generate`, padded on the left, and the last
+            answers. Both are empty if all samples are broken.
 
         Raises:
-            SampleError: If a row is broken, and `on_error` is `raise`.
+            SampleError: If a sample is broken and `on_error` is `raise`.
         """
-        conversations = self._sound(rows, to_messages)
+        conversations = self._skip_broken(samples, to_messages)
         if not conversations:
             return {}, []
         inputs = self.processor.apply_chat_template(
@@ -101,71 +101,57 @@ class FlorenceVLCollator:
         answers = ["".join(item["text"] for item in messages[-1]["content"]) for messages in conversations]
         return dict(inputs), answers
 
-    def _sound(self, rows: list[dict[str, Any]], read: Callable[[dict[str, Any]], Any]) -> list[Any]:
-        """What `read` makes of each row that is not broken."""
-        sound = []
-        for row in rows:
+    def encode(self, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """
+        Encode one sample.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels` of shape `(sequence_length,)`; with
+            images, `pixel_values` of shape `(num_images, 3, image_size, image_size)`.
+
+        Raises:
+            SampleError: If the sample is broken, or its images do not fit into `max_length`.
+        """
+        encoded = self.processor.apply_chat_template(
+            to_messages(sample),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            # Token ids as lists: Transformers walks through them to build the mask, which is slow with tensors.
+            processor_kwargs={"images_kwargs": {"return_tensors": "pt"}, "text_kwargs": {"verbose": False}},
+        )
+        image_token_id = self.processor.image_token_id
+        ids = encoded["input_ids"][0]
+        num_image_tokens = ids.count(image_token_id)
+        if ids[: self.max_length].count(image_token_id) != num_image_tokens:
+            reason = (
+                f"Its images take {num_image_tokens} tokens, which do not fit into {self.max_length} with the text "
+                f"before them; increase `max_length`, or remove the sample."
+            )
+            raise SampleError(reason, Problem.IMAGES_TOO_LONG, sample_id(sample))
+        input_ids = torch.tensor(ids[: self.max_length])
+        is_answer = torch.tensor(encoded["assistant_masks"][0][: self.max_length], dtype=torch.bool)
+        labels = input_ids.masked_fill(~is_answer, IGNORED_LABEL)
+        features = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+        return features | ({"pixel_values": encoded["pixel_values"]} if "pixel_values" in encoded else {})
+
+    def _skip_broken(self, samples: list[dict[str, Any]], read: Callable[[dict[str, Any]], T]) -> list[T]:
+        results = []
+        for sample in samples:
             try:
-                sound.append(read(row))
+                results.append(read(sample))
             except SampleError as error:
                 if self.on_error == "raise":
                     raise
                 with self._num_skipped.get_lock():
                     self._num_skipped.value += 1
-                logger.warning(f"Left out: {error}")
-        return sound
-
-    def encode(self, row: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """
-        One row as the model's inputs.
-
-        Returns:
-            `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels` of shape `(sequence_length,)`, and
-            `pixel_values` of shape `(num_images, 3, image_size, image_size)`, if there is any picture.
-
-        Raises:
-            SampleError: If the row is broken, or its pictures do not fit into `max_length`.
-        """
-        messages = to_messages(row)
-        encoded = self.processor.apply_chat_template(
-            messages,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            return_tensors="pt",
-        )
-        input_ids = encoded["input_ids"][0, : self.max_length]
-        num_image_tokens = (encoded["input_ids"] == self.processor.image_token_id).sum()
-        if (input_ids == self.processor.image_token_id).sum() != num_image_tokens:
-            raise SampleError(
-                f"Sample {row.get('id')!r}: its pictures take {num_image_tokens} tokens, which do not fit into "
-                f"{self.max_length} with the text before them; raise `max_length`, or leave the sample out.",
-                Problem.PICTURES_TOO_LONG,
-            )
-        is_said = torch.as_tensor(encoded["assistant_masks"])[0, : self.max_length].bool()
-        sample = {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
-            "labels": input_ids.masked_fill(~is_said, IGNORED_LABEL),
-        }
-        if "pixel_values" in encoded:
-            sample["pixel_values"] = encoded["pixel_values"]
-        return sample
+                logger.warning(f"Skipping a broken sample. {error}")
+        return results
 
     def _empty_sample(self) -> dict[str, torch.Tensor]:
-        """A row of one token that nothing is learned from."""
         input_ids = torch.tensor([self.processor.tokenizer.eos_token_id])
-        return {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
-            "labels": torch.full_like(input_ids, IGNORED_LABEL),
-        }
-
-
-def _pad(samples: list[dict[str, torch.Tensor]], name: str, length: int, value: int) -> torch.Tensor:
-    return torch.stack(
-        [torch.nn.functional.pad(sample[name], (0, length - len(sample[name])), value=value) for sample in samples]
-    )
+        labels = torch.full_like(input_ids, IGNORED_LABEL)
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
 
 
 __all__ = ["IGNORED_LABEL", "FlorenceVLCollator", "OnError"]

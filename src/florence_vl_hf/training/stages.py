@@ -1,7 +1,8 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""The stages of training: which parts of the model learn, and how fast."""
+"""Training stages: which parts of the model are trained."""
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from ..modeling import FlorenceVLForConditionalGeneration, FlorenceVLModel
@@ -9,14 +10,14 @@ from ..modeling import FlorenceVLForConditionalGeneration, FlorenceVLModel
 
 logger = logging.get_logger(__name__)
 
-# The parts of the model, and the modules that make them up.
+# The parts of the model, and their modules.
 PARTS = {
     "vision_tower": ("vision_tower",),
     "projector": ("multi_modal_projector",),
     "language_model": ("language_model", "lm_head"),
 }
 
-# What each stage trains. The first two are the paper's.
+# The parts that each stage trains. The first two stages are the paper's.
 STAGES = {
     "pretrain": ("vision_tower", "projector", "language_model"),
     "finetune": ("projector", "language_model"),
@@ -27,44 +28,68 @@ STAGES = {
 
 
 def part_of(parameter_name: str) -> str:
-    """The part of the model, one of `PARTS`, that a parameter belongs to by its name, with any wrapper's prefix."""
+    """Return the part of the model, one of `PARTS`, of a parameter, whose name may have a wrapper's prefix."""
     modules = parameter_name.split(".")
     for part, names in PARTS.items():
         if not set(names).isdisjoint(modules):
             return part
-    raise ValueError(f"{parameter_name!r} is no parameter of a Florence-VL model.")
+    raise ValueError(f"{parameter_name!r} is not a parameter of a Florence-VL model.")
 
 
 def set_trainable(model: FlorenceVLForConditionalGeneration | FlorenceVLModel, stage: str) -> dict[str, int]:
     """
-    Let the parts that a stage trains learn, freeze all others, and log both.
+    Train the parts of a stage, freeze all others, and log both.
 
     Args:
-        model (`FlorenceVLForConditionalGeneration` or `FlorenceVLModel`): Before any adapter is put onto it.
+        model (`FlorenceVLForConditionalGeneration` or `FlorenceVLModel`): A model without adapters.
         stage (`str`): One of `STAGES`: `pretrain` trains everything, `finetune` projector and language model,
-            `projector` that alone, `language_model` that alone, `vision` tower and projector.
+            `projector` and `language_model` that part alone, `vision` vision tower and projector.
 
     Returns:
-        `dict[str, int]`: Number of parameters that are trained, by part.
+        `dict[str, int]`: Number of trained parameters of each part.
 
     Raises:
         ValueError: If there is no such stage.
     """
     if stage not in STAGES:
         raise ValueError(f"Got stage {stage!r}, expected one of {', '.join(map(repr, STAGES))}.")
-    unread = _unread_parameters(model)
     for name, parameter in model.named_parameters():
-        # Weights in 4 or 8 bits are whole numbers, which have no gradient.
-        is_trained = part_of(name) in STAGES[stage] and name not in unread and parameter.is_floating_point()
-        parameter.requires_grad_(is_trained)
-    # Frozen parts go to evaluation mode: see `FlorenceVLModel.train`.
+        # Without prompts, the encoder of the vision tower is not used. Quantized weights are integers.
+        is_used = bool(model.config.fusion_prompts) or "vision_tower.encoder." not in name
+        parameter.requires_grad_(part_of(name) in STAGES[stage] and is_used and parameter.is_floating_point())
     model.train(model.training)
+    set_frozen_parts_to_eval(inner_model(model))
     log_trained(model, f"Stage {stage}")
     return count_trained(model)
 
 
+def inner_model(model: nn.Module) -> FlorenceVLModel:
+    """Return the `FlorenceVLModel` inside a model with a head, with adapters, or in another wrapper."""
+    for module in model.modules():
+        if isinstance(module, FlorenceVLModel):
+            return module
+    raise ValueError(f"Got a {type(model).__name__}, expected a Florence-VL model.")
+
+
+def is_trained(module: nn.Module) -> bool:
+    """Whether any parameter of a module is trained."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def set_frozen_parts_to_eval(model: FlorenceVLModel) -> None:
+    """Put parts without trained parameters into evaluation mode, so that they have no dropout or stochastic depth."""
+    for part in (model.vision_tower, model.multi_modal_projector, model.language_model):
+        if not is_trained(part):
+            part.eval()
+    # Gradients of the projector pass through a frozen language model, and only layers in training mode are
+    # checkpointed. The modules of these layers, such as dropout, keep their mode.
+    for layer in model.language_model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = model.training
+
+
 def count_trained(model: nn.Module) -> dict[str, int]:
-    """Number of parameters that are trained, by part; parts that are frozen as a whole are left out."""
+    """Count the trained parameters of each part that has any."""
     trained: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -73,46 +98,7 @@ def count_trained(model: nn.Module) -> dict[str, int]:
 
 
 def log_trained(model: nn.Module, name: str) -> None:
-    """Log under a name which parts of a model are trained, and which are frozen."""
+    """Log which parts of a model are trained and which are frozen, under a name."""
     trained = count_trained(model)
     parts = [f"{part} {f'trained, {trained[part]:,} parameters' if part in trained else 'frozen'}" for part in PARTS]
     logger.info(f"{name}: {'; '.join(parts)}.")
-
-
-def _unread_parameters(model: nn.Module) -> set[str]:
-    """Parameters that no forward pass reads: without prompts, the encoder is loaded but not used."""
-    if model.config.fusion_prompts:
-        return set()
-    return {name for name, _ in model.named_parameters() if "vision_tower.encoder." in name}
-
-
-def parameter_groups(
-    model: nn.Module,
-    decay_parameters: set[str],
-    weight_decay: float,
-    learning_rates: dict[str, float | None],
-) -> list[dict]:
-    """
-    The trained parameters as an optimizer takes them: by part, each with and without weight decay.
-
-    Args:
-        model (`nn.Module`): The model, which may be wrapped.
-        decay_parameters (`set[str]`): Names of the parameters that weight decay applies to.
-        weight_decay (`float`): For those.
-        learning_rates (`dict[str, float | None]`): By part; without, a part has the optimizer's own.
-    """
-    groups: dict[tuple[str, bool], dict] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        part, decays = part_of(name), name in decay_parameters
-        if (part, decays) not in groups:
-            settings = {"params": [], "weight_decay": weight_decay if decays else 0.0}
-            if learning_rates.get(part) is not None:
-                settings["lr"] = learning_rates[part]
-            groups[part, decays] = settings
-        groups[part, decays]["params"].append(parameter)
-    return list(groups.values())
-
-
-__all__ = ["PARTS", "STAGES", "count_trained", "log_trained", "parameter_groups", "part_of", "set_trainable"]
