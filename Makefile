@@ -1,4 +1,4 @@
-# Each target makes its own virtual environment and installs what it needs.
+# Each target creates its own virtual environment and installs what it needs.
 # Tests run in two processes. With more threads, tiny models spend their time waiting for each other.
 PYTEST := -m pytest -n 2
 export OMP_NUM_THREADS := 1
@@ -7,19 +7,45 @@ PYTHON ?= python3
 VENV := .venv
 VENV_OLDEST := .venv-oldest
 
-.PHONY: test test-oldest quickstart new-question check style clean
+.PHONY: test test-fast test-oldest check style coverage build quickstart new-question clean
 
-test: $(VENV)/installed check
+# All checks and all tests, as in CI.
+test: check
 	$(VENV)/bin/python $(PYTEST)
 
-# The oldest supported Transformers, which serving engines pin; all else as in `test`.
+# The tests that are not marked `slow`, in under a minute.
+test-fast: $(VENV)/installed
+	$(VENV)/bin/python $(PYTEST) -m "not slow"
+
+# All tests with the oldest supported Transformers, which serving engines pin.
 test-oldest: $(VENV_OLDEST)/installed
 	$(VENV_OLDEST)/bin/python $(PYTEST)
 
+# Style, types, and the conventions of Transformers' model files.
+check: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/mlinter --no-cache --no-progress src/florence_vl_hf
+
+# Fix what ruff can fix.
+style: $(VENV)/installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# Lines and branches that no test runs.
+coverage: $(VENV)/installed
+	$(VENV)/bin/python $(PYTEST) --cov
+
+# The wheel and the sdist, in dist/.
+build: $(VENV)/installed
+	$(VENV)/bin/python -m build --no-isolation
+
+# Train a tiny Florence-VL from scratch, and ask it about new images.
 quickstart: $(VENV)/installed
 	$(VENV)/bin/python examples/quickstart/quickstart.py --output quickstart-output
 
-# LoRA teaches the quickstart's model another question, through `florence-vl train`.
+# Teach the quickstart's model a new question with LoRA, through `florence-vl train`.
 new-question: $(VENV)/installed quickstart-output
 	$(VENV)/bin/python examples/quickstart/new_question.py draw --output quickstart-question
 	$(VENV)/bin/florence-vl train examples/quickstart/quickstart_lora.yaml
@@ -28,16 +54,9 @@ new-question: $(VENV)/installed quickstart-output
 quickstart-output:
 	$(MAKE) quickstart
 
-check: $(VENV)/installed
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-
-style: $(VENV)/installed
-	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/ruff format .
-
 clean:
-	rm -rf $(VENV) $(VENV_OLDEST) quickstart-output quickstart-question quickstart-lora
+	rm -rf $(VENV) $(VENV_OLDEST) build dist quickstart-output quickstart-question quickstart-lora
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

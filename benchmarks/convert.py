@@ -1,16 +1,16 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Convert a synthetic checkpoint of the original 8B's shape: time, peak memory, and the ratio to copying its bytes.
 
-python benchmarks/convert.py --layers 8 --folder SCRATCH
+python benchmarks/convert.py --layers 8 --directory SCRATCH
 """
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -21,17 +21,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from florence_vl_hf import FlorenceVLConfig
-from florence_vl_hf.conversion.convert_florence_vl_to_hf import tensor_shapes
+from florence_vl_hf.conversion.checkpoint_files import LazyTensor, write_tensors
 from florence_vl_hf.conversion.key_mapping import to_original
-from florence_vl_hf.conversion.output_folder import TensorToWrite, write_weights
+from florence_vl_hf.conversion.original_checkpoint import tensor_shapes
 
 
 GIB = 2**30
-NUM_ROWS = 128257  # of Llama-3.1 with `<pad>`
+NUM_ROWS = 128257  # Llama-3.1's vocabulary size with `<pad>`
 
 
-def make_checkpoint(folder: Path, num_layers: int, shard_size: str) -> int:
-    """Write an original-format checkpoint of random bits, and return its bytes."""
+def make_checkpoint(directory: Path, num_layers: int, shard_size: str) -> int:
+    """Write a checkpoint of random bits in the original format, and return its size in bytes."""
     config = FlorenceVLConfig()
     config.text_config.num_hidden_layers = num_layers
     tensors = {}
@@ -40,9 +40,10 @@ def make_checkpoint(folder: Path, num_layers: int, shard_size: str) -> int:
         shape = shape[::-1] if original.transposed else shape
         if shape[0] == config.text_config.vocab_size:
             shape = (NUM_ROWS, *shape[1:])
-        tensors[original.name] = TensorToWrite(torch.bfloat16, shape, partial(_random, shape))
-    folder.mkdir(parents=True)
-    write_weights(folder, tensors, shard_size)
+        load = partial(_random, shape)
+        tensors[original.name] = LazyTensor(original.name, directory, torch.bfloat16, shape, load)
+    directory.mkdir(parents=True)
+    write_tensors(directory, tensors, shard_size)
     text = {
         name: value
         for name, value in config.text_config.to_dict().items()
@@ -57,13 +58,13 @@ def make_checkpoint(folder: Path, num_layers: int, shard_size: str) -> int:
         "image_aspect_ratio": "pad",
         "rope_theta": 500000.0,
     }
-    (folder / "config.json").write_text(json.dumps(original))
+    (directory / "config.json").write_text(json.dumps(original))
     words = {f"w{i}": i for i in range(1000)}
     tokenizer = Tokenizer(models.WordLevel({**words, "<s>": 1000, "</s>": 1001, "<unk>": 1002}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    ).save_pretrained(directory)
     return sum(tensor.num_bytes for tensor in tensors.values())
 
 
@@ -72,7 +73,7 @@ def _random(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def copy_bytes(source: Path, target: Path) -> float:
-    """Seconds for copying all files of weights, written through to the disk."""
+    """Copy all files of weights, flush them to the disk, and return the seconds."""
     target.mkdir()
     start = time.perf_counter()
     for file in sorted(source.glob("*.safetensors")):
@@ -82,29 +83,34 @@ def copy_bytes(source: Path, target: Path) -> float:
 
 
 def convert(source: Path, target: Path) -> tuple[float, float]:
-    """Seconds and peak memory in bytes of the command, as a user runs it, written through to the disk."""
+    """Run the command as a user does, flush its output to the disk, and return seconds and peak memory in bytes."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "florence_vl_hf.cli", "convert", str(source), str(target)], check=True)
+    process = subprocess.Popen([sys.executable, "-m", "florence_vl_hf.cli", "convert", str(source), str(target)])
+    _, status, usage = os.wait4(process.pid, 0)  # of this process alone
     os.sync()
-    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    if status:
+        raise RuntimeError(f"The conversion failed with status {status}.")
+    return time.perf_counter() - start, usage.ru_maxrss * 1024
 
 
 def main(
-    folder: Annotated[Path, typer.Option(help="Where to work; needs three times the checkpoint's size.")],
+    directory: Annotated[Path, typer.Option(help="Where to work; requires three times the checkpoint's size.")],
     layers: Annotated[int, typer.Option(help="Layers of the language model; the 8B has 32.")] = 8,
     shard_size: Annotated[str, typer.Option(help="Size of the original's shards.")] = "5GB",
-    rounds: Annotated[int, typer.Option(help="How often to measure; the best of each counts.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Number of measurements; the fastest counts.")] = 3,
 ) -> None:
-    """Measure, and print a table."""
-    source = folder / "original"
-    num_bytes = make_checkpoint(source, layers, shard_size)
+    """Measure and print a table."""
+    source = directory / "original"
+    # In a process of its own: a child's peak memory includes what its parent held when it was started.
+    with ProcessPoolExecutor(1) as pool:
+        num_bytes = pool.submit(make_checkpoint, source, layers, shard_size).result()
     copied, converted, peak = [], [], 0.0
     for _ in range(rounds):
-        copied.append(copy_bytes(source, folder / "copy"))
-        shutil.rmtree(folder / "copy")
-        seconds, peak = convert(source, folder / "converted")
+        copied.append(copy_bytes(source, directory / "copy"))
+        shutil.rmtree(directory / "copy")
+        seconds, peak = convert(source, directory / "converted")
         converted.append(seconds)
-        shutil.rmtree(folder / "converted")
+        shutil.rmtree(directory / "converted")
     shutil.rmtree(source)
     largest = NUM_ROWS * 4096 * 2
     typer.echo(f"checkpoint         {num_bytes / GIB:8.2f} GiB, largest tensor {largest / GIB:.2f} GiB")
@@ -112,7 +118,7 @@ def main(
     typer.echo(f"converting         {min(converted):8.2f} s")
     typer.echo(f"ratio              {min(converted) / min(copied):8.2f}")
     typer.echo(
-        f"peak memory        {peak / GIB:8.2f} GiB, {peak / GIB - largest / GIB:.2f} GiB beside the largest tensor"
+        f"peak memory        {peak / GIB:8.2f} GiB, {peak / GIB - largest / GIB:.2f} GiB besides the largest tensor"
     )
 
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Train a synthetic model on synthetic data: samples per second and peak memory of each way to train.
+"""Train a synthetic model on synthetic data, to measure the throughput and the peak memory of training settings.
 
-python benchmarks/train.py            # throughput
-python benchmarks/train.py --memory   # the peak that `florence-vl plan-memory` foresees beside the one measured
+python benchmarks/train.py            # samples per second and peak memory
+python benchmarks/train.py --memory   # planned (`florence-vl plan-memory`) and measured peak memory
 """
 
 import itertools
@@ -20,9 +20,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from florence_vl_hf import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from florence_vl_hf.modeling.transformers_compat import enable_checkpointing
+from florence_vl_hf.planning import TrainingSetup, plan_memory
 from florence_vl_hf.training.adapters import lora_config
 from florence_vl_hf.training.collator import IGNORED_LABEL
-from florence_vl_hf.training.memory import TrainingSetup, plan_memory
 from florence_vl_hf.training.stages import STAGES, set_trainable
 from florence_vl_hf.training.trainer import learned_positions
 
@@ -31,7 +31,7 @@ MIB = 2**20
 
 
 def small_config(**changes: Any) -> FlorenceVLConfig:
-    """A model of 18 million parameters, of which the tower has a third: 37 tokens per 192 x 192 image."""
+    """Configure a model of 18 million parameters, a third in the vision tower, with 37 tokens per 192 x 192 image."""
     settings: dict[str, Any] = {
         "vision_config": {
             "vision_config": {
@@ -73,7 +73,7 @@ def small_config(**changes: Any) -> FlorenceVLConfig:
 
 
 def make_model(config: FlorenceVLConfig, setup: TrainingSetup) -> nn.Module:
-    """A random model, ready to be trained."""
+    """Build a model with random weights, prepared for training."""
     torch.manual_seed(0)
     model = FlorenceVLForConditionalGeneration._from_config(
         config, dtype=getattr(torch, setup.dtype), attn_implementation=setup.attention
@@ -91,7 +91,7 @@ def make_model(config: FlorenceVLConfig, setup: TrainingSetup) -> nn.Module:
 
 
 def make_batch(config: FlorenceVLConfig, lengths: list[int], padded_length: int) -> dict[str, torch.Tensor]:
-    """One picture per row and random text, `lengths` positions with the picture's, padded on the right."""
+    """Make a right-padded batch: one image per sample and random text, `lengths` tokens including the image tokens."""
     generator = torch.Generator().manual_seed(1)
     shape = (len(lengths), padded_length)
     input_ids = torch.randint(3, config.image_token_id, shape, generator=generator)
@@ -110,7 +110,7 @@ def make_batch(config: FlorenceVLConfig, lengths: list[int], padded_length: int)
 def make_step(
     model: nn.Module, setup: TrainingSetup
 ) -> tuple[Callable[[dict[str, torch.Tensor]], None], torch.optim.Optimizer]:
-    """One step of training as the Trainer does it on a single device, and its optimizer."""
+    """Return a function that runs one training step as `Trainer` does on a single device, and its optimizer."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
     def step(batch: dict[str, torch.Tensor]) -> None:
@@ -126,16 +126,18 @@ def make_step(
 
 def measure_peak(config: FlorenceVLConfig, setup: TrainingSetup) -> int:
     """
-    Bytes at the peak of a training step on the CPU, by what PyTorch's allocator reports for each block that it hands
-    out or takes back. The step is the second one, when the optimizer has its moments.
+    Measure the peak memory of a training step on the CPU, in bytes.
+
+    The profiler reports every allocation and deallocation of PyTorch's allocator. The second step is measured, since
+    the optimizer allocates its moments in the first.
     """
     model = make_model(config, setup)
     step, optimizer = make_step(model, setup)
     lengths = [setup.max_length] * setup.batch_size
-    lengths[0] -= 1  # with padding, as batches have it, so that there is a mask
+    lengths[0] -= 1  # One padded position, so that the attention mask is not dropped.
     step(make_batch(config, lengths, setup.max_length))
     moments = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *moments))
+    persistent = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *moments))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         step(make_batch(config, lengths, setup.max_length))
     events = sorted(
@@ -143,10 +145,10 @@ def measure_peak(config: FlorenceVLConfig, setup: TrainingSetup) -> int:
         for event in profiler.profiler.kineto_results.events()
         if event.name() == "[memory]"
     )
-    return held + max(itertools.accumulate(num_bytes for _, num_bytes in events))
+    return persistent + max(itertools.accumulate(num_bytes for _, num_bytes in events))
 
 
-# Everything trained in float32, each layer's activations kept: what all others are compared with.
+# The baseline: all parameters trained in float32, without gradient checkpointing.
 BASE = TrainingSetup(
     stage="pretrain",
     batch_size=4,
@@ -155,7 +157,7 @@ BASE = TrainingSetup(
     mixed_precision=False,
     gradient_checkpointing=False,
 )
-WAYS = {
+SPEED_SETUPS = {
     "pretrain": BASE,
     "batches grouped by length": BASE,
     "gradient checkpointing": replace(BASE, gradient_checkpointing=True),
@@ -165,8 +167,8 @@ WAYS = {
     "LoRA": replace(BASE, stage="finetune", lora_rank=16),
 }
 
-# Runs whose peaks lie in different places: the loss, the language model's activations, the tower, the optimizer.
-CHECKED = {
+# Setups whose peaks occur in different places: loss, language model, vision tower, optimizer step.
+MEMORY_SETUPS = {
     "pretrain, batch 1": replace(BASE, batch_size=1, max_length=512, gradient_checkpointing=True),
     "pretrain, batch 4": replace(BASE, batch_size=4, max_length=512, gradient_checkpointing=True),
     "pretrain, batch 4, nothing recomputed": replace(BASE, batch_size=4, max_length=512),
@@ -186,30 +188,31 @@ CHECKED = {
 
 
 def measure_speed(setup: TrainingSetup, grouped: bool, num_steps: int) -> float:
-    """Samples per second, of rows of very different lengths."""
+    """Measure samples per second, for samples of very different lengths."""
     config = small_config()
     step, _ = make_step(make_model(config, setup), setup)
     generator = torch.Generator().manual_seed(0)
-    num_rows = num_steps * setup.batch_size
-    shares = torch.rand(num_rows, generator=generator) ** 2  # many short rows, a few long ones
-    lengths = (config.num_image_tokens + 8 + shares * (setup.max_length - config.num_image_tokens - 8)).int().tolist()
+    num_samples = num_steps * setup.batch_size
+    min_length = config.num_image_tokens + 8
+    fractions = torch.rand(num_samples, generator=generator) ** 2  # Many short samples, a few long ones.
+    lengths = (min_length + fractions * (setup.max_length - min_length)).int().tolist()
     if grouped:
         order = get_length_grouped_indices(lengths, setup.batch_size, mega_batch_mult=num_steps, generator=generator)
         lengths = [lengths[i] for i in order]
-    rows = [lengths[start : start + setup.batch_size] for start in range(0, num_rows, setup.batch_size)]
-    batches = [make_batch(config, row_lengths, max(row_lengths)) for row_lengths in rows]
+    groups = [lengths[start : start + setup.batch_size] for start in range(0, num_samples, setup.batch_size)]
+    batches = [make_batch(config, group, max(group)) for group in groups]
     step(batches[0])
     start = time.perf_counter()
     for batch in batches:
         step(batch)
-    return num_rows / (time.perf_counter() - start)
+    return num_samples / (time.perf_counter() - start)
 
 
 def compare_speed(num_steps: int) -> None:
-    """Print how fast each way is and what it takes, beside the first."""
+    """Print throughput and peak memory of each setup, and the ratio to the first."""
     typer.echo(f"{'':<28}{'samples/s':>12}{'ratio':>8}{'peak MiB':>12}{'ratio':>8}")
     first: tuple[float, int] | None = None
-    for name, setup in WAYS.items():
+    for name, setup in SPEED_SETUPS.items():
         speed = measure_speed(setup, grouped="grouped" in name, num_steps=num_steps)
         peak = measure_peak(small_config(), setup)
         first = first or (speed, peak)
@@ -217,20 +220,20 @@ def compare_speed(num_steps: int) -> None:
 
 
 def compare_memory() -> None:
-    """Print what is planned and what is measured, as a table in Markdown."""
+    """Print planned and measured peak memory of each setup, as a Markdown table."""
     typer.echo("| | planned, MiB | measured, MiB | planned / measured |")
     typer.echo("| --- | ---: | ---: | ---: |")
-    for name, setup in CHECKED.items():
+    for name, setup in MEMORY_SETUPS.items():
         planned, measured = plan_memory(small_config(), setup).total, measure_peak(small_config(), setup)
         typer.echo(f"| {name} | {planned / MIB:.1f} | {measured / MIB:.1f} | {planned / measured:.3f} |")
 
 
 def main(
-    memory: Annotated[bool, typer.Option("--memory", help="Compare planned memory with measured, not speed.")] = False,
-    steps: Annotated[int, typer.Option(help="Steps of training per measurement.", min=1)] = 8,
-    threads: Annotated[int, typer.Option(help="Of PyTorch.", min=1)] = 2,
+    memory: Annotated[bool, typer.Option("--memory", help="Compare planned and measured memory instead.")] = False,
+    steps: Annotated[int, typer.Option(help="Training steps per measurement.", min=1)] = 8,
+    threads: Annotated[int, typer.Option(help="Threads of PyTorch.", min=1)] = 2,
 ) -> None:
-    """Measure, and print a table."""
+    """Measure training setups, and print a table."""
     torch.set_num_threads(threads)
     if memory:
         compare_memory()

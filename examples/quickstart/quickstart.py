@@ -1,5 +1,5 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""A tiny Florence-VL learns to see, on two CPU cores: draw pictures, train, save, load, and ask about new pictures."""
+"""Train a tiny Florence-VL from scratch on two CPU cores, save it, load it, and ask it about new images."""
 
 from pathlib import Path
 from random import Random
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from PIL import Image
-from shapes import IMAGE_SIZE, NUM_PICTURES, describe, draw_conversations
+from shapes import IMAGE_SIZE, NUM_IMAGES, describe, draw_samples
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
@@ -28,12 +28,12 @@ from florence_vl_hf.training import FlorenceVLCollator
 
 
 NUM_QUESTIONS = 200
-SHARE_WANTED = 0.95
+MIN_ACCURACY = 0.95
 SYSTEM_MESSAGE = "You are a helpful AI assistant."
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Make a small tokenizer from the texts that it will meet."""
+    """Train a small byte-level BPE tokenizer on the texts of the dataset."""
     special = ["<pad>", "<s>", "<unk>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<image>"]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -54,7 +54,7 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast, num_image_tokens: int) -> FlorenceVLProcessor:
-    """Put an image processor beside the tokenizer, and a conversation format."""
+    """Combine an image processor, the tokenizer and a chat template."""
     square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     image_processor = LlavaImageProcessorPil(
         do_pad=True,
@@ -69,7 +69,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, num_image_tokens: int) -
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> FlorenceVLConfig:
-    """A Florence-VL of about a million parameters."""
+    """Configure a Florence-VL of about one million parameters."""
     vocabulary = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
@@ -85,7 +85,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> FlorenceVLConfig:
         "window_size": 4,
         "projection_dim": 96,
         "drop_path_rate": 0.0,
-        # Wider than a large model's: from nothing, little else tells one picture from another at first.
+        # Larger than in a large model: untrained, the tower's features then differ more between images.
         "initializer_range": 0.08,
     }
     bart = {
@@ -120,14 +120,14 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> FlorenceVLConfig:
 
 
 def train(samples: list[dict[str, Any]], output: Path, seed: int) -> None:
-    """Train a model from nothing, and save it with its processor."""
+    """Train a model from scratch, and save it with its processor."""
     set_seed(seed)
     texts = [turn["value"].removeprefix("<image>\n") for sample in samples for turn in sample["conversations"]]
     tokenizer = build_tokenizer([*texts, *DEFAULT_PROMPTS.values(), SYSTEM_MESSAGE])
     config = build_config(tokenizer)
     processor = build_processor(tokenizer, config.num_image_tokens)
     model = FlorenceVLForConditionalGeneration(config)
-    typer.echo(f"Training {model.num_parameters():,} parameters on {len(samples)} pictures.")
+    typer.echo(f"Training {model.num_parameters():,} parameters on {len(samples)} images.")
     arguments = TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=16,
@@ -155,44 +155,43 @@ def train(samples: list[dict[str, Any]], output: Path, seed: int) -> None:
 
 
 @torch.inference_mode()
-def answer(folder: Path, samples: list[dict[str, Any]], batch_size: int = 50) -> tuple[list[str], list[str]]:
-    """Load a model as any user would, and let it answer. Returns its answers, and the right ones."""
-    processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+def answer(directory: Path, samples: list[dict[str, Any]], batch_size: int = 50) -> tuple[list[str], list[str]]:
+    """Load the model with the Auto classes and answer the samples' questions. Returns answers and references."""
+    processor = AutoProcessor.from_pretrained(directory)
+    model = AutoModelForImageTextToText.from_pretrained(directory).eval()
     collator = FlorenceVLCollator(processor)
-    answers, right_answers = [], []
-    for start in tqdm(range(0, len(samples), batch_size), desc="Asking about new pictures"):
-        inputs, references = collator.prompts(samples[start : start + batch_size])
+    answers, references = [], []
+    for start in tqdm(range(0, len(samples), batch_size), desc="Answering questions about new images"):
+        inputs, batch_references = collator.prompts(samples[start : start + batch_size])
         output_ids = model.generate(**inputs, max_new_tokens=32, do_sample=False)
         answers += processor.batch_decode(output_ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        right_answers += references
-    return answers, right_answers
+        references += batch_references
+    return answers, references
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for the model and a picture.")] = Path("quickstart-output"),
-    seed: Annotated[int, typer.Option(help="Of the pictures and of the weights.")] = 0,
-    pictures: Annotated[int, typer.Option(help="How many to learn from.")] = NUM_PICTURES,
+    output: Annotated[Path, typer.Option(help="Output directory of the model.")] = Path("quickstart-output"),
+    seed: Annotated[int, typer.Option(help="Seed of the images and of the weights.")] = 0,
+    num_images: Annotated[int, typer.Option(help="Number of training images.")] = NUM_IMAGES,
 ) -> None:
-    """Draw, train, save, load, ask."""
+    """Draw images, train, save, load, and answer questions about new images."""
     output.mkdir(parents=True, exist_ok=True)
-    rng, seen = Random(seed), set()
-    known = draw_conversations(rng, pictures, describe, "learn from", seen)
-    train(known, output, seed)
+    rng, used = Random(seed), set()
+    train(draw_samples(rng, num_images, describe, "training", used), output, seed)
 
-    new = draw_conversations(rng, NUM_QUESTIONS, describe, "be asked about", seen)
-    answers, right_answers = answer(output, new)
-    right = [given == wanted for given, wanted in zip(answers, right_answers, strict=True)]
-    share = sum(right) / len(right)
+    held_out = draw_samples(rng, NUM_QUESTIONS, describe, "evaluation", used)
+    answers, references = answer(output, held_out)
+    correct = [given == reference for given, reference in zip(answers, references, strict=True)]
+    accuracy = sum(correct) / len(correct)
 
-    shown = new[0]["image"].resize((4 * IMAGE_SIZE, 4 * IMAGE_SIZE), Image.Resampling.NEAREST)
-    shown.save(output / "picture.png")
-    question = new[0]["conversations"][0]["value"].removeprefix("<image>\n")
-    typer.echo(f"\n{output / 'picture.png'}\n  {question}\n  {answers[0]}\n")
-    typer.echo(f"{share:.1%} of {len(right)} answers about pictures that it never saw are exactly right.")
-    typer.echo(f"Talk to it: florence-vl chat {output} {output / 'picture.png'}")
-    if share < SHARE_WANTED:
-        raise SystemExit(f"Fewer than {SHARE_WANTED:.0%}: try another --seed, or more --pictures.")
+    example = output / "example.png"
+    held_out[0]["image"].resize((4 * IMAGE_SIZE, 4 * IMAGE_SIZE), Image.Resampling.NEAREST).save(example)
+    question = held_out[0]["conversations"][0]["value"].removeprefix("<image>\n")
+    typer.echo(f"\n{example}\n  {question}\n  {answers[0]}\n")
+    typer.echo(f"{accuracy:.1%} of {len(correct)} answers about new images are correct, word for word.")
+    typer.echo(f"Chat with the model: florence-vl chat {output} {example}")
+    if accuracy < MIN_ACCURACY:
+        raise SystemExit(f"Expected at least {MIN_ACCURACY:.0%}; try another --seed, or a larger --num-images.")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Pictures of coloured shapes, and questions that only somebody who sees them can answer."""
+"""Images of coloured shapes, and questions about them that cannot be answered without the image."""
 
 import math
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 
 IMAGE_SIZE = 64
-# What quickstart.py learns from, and new_question.py draws none of.
-NUM_PICTURES = 8000
+# Training images of quickstart.py. new_question.py draws the same ones again, to exclude them from its own.
+NUM_IMAGES = 8000
 COLOURS = {
     "red": (225, 40, 40),
     "green": (40, 165, 60),
@@ -27,7 +27,7 @@ KINDS = ("circle", "square", "triangle", "cross")
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape. Its centre and its radius are shares of the picture's side, so that any size can be drawn."""
+    """One shape. `centre` and `radius` are fractions of the image's side length, so a scene has no fixed size."""
 
     kind: str
     colour: str
@@ -43,7 +43,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two shapes, in reading order and of different kinds and colours, on a grey background."""
+    """One or two shapes on a grey background, in reading order, of different kinds and colours."""
 
     shapes: tuple[Shape, ...]
     background: int
@@ -51,14 +51,14 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a scene and its only right answer."""
+    """A question about a scene, and its only correct answer."""
 
     text: str
     answer: str
 
 
 def random_scene(rng: Random) -> Scene:
-    """Put one or two shapes into the quarters of a picture: two of them beside or above one another."""
+    """Place one shape in a quarter of the image, or two shapes side by side or one above the other."""
     row, column = rng.randrange(2), rng.randrange(2)
     quarters = rng.choice(([(row, column)], [(row, 0), (row, 1)], [(0, column), (1, column)]))
     kinds, colours = rng.sample(KINDS, len(quarters)), rng.sample(list(COLOURS), len(quarters))
@@ -71,24 +71,24 @@ def random_scene(rng: Random) -> Scene:
 
 def _random_shape(rng: Random, kind: str, colour: str, row: int, column: int) -> Shape:
     radius = rng.uniform(0.18, 0.23)
-    reach = 0.24 - radius
-    x, y = (0.25 + 0.5 * quarter + rng.uniform(-reach, reach) for quarter in (column, row))
+    max_shift = 0.24 - radius
+    x, y = (0.25 + 0.5 * quarter + rng.uniform(-max_shift, max_shift) for quarter in (column, row))
     return Shape(kind, colour, row, column, centre=(x, y), radius=radius)
 
 
 def draw(scene: Scene) -> Image.Image:
-    """Draw a scene as a square picture of `IMAGE_SIZE` pixels, with smooth edges."""
-    fine_size = 4 * IMAGE_SIZE
-    picture = Image.new("RGB", (fine_size, fine_size), (scene.background,) * 3)
-    pen = ImageDraw.Draw(picture)
+    """Draw a scene as an image of `IMAGE_SIZE` x `IMAGE_SIZE` pixels, with antialiased edges."""
+    large_size = 4 * IMAGE_SIZE
+    image = Image.new("RGB", (large_size, large_size), (scene.background,) * 3)
+    canvas = ImageDraw.Draw(image)
     for shape in scene.shapes:
-        outline = [(x * fine_size, y * fine_size) for x, y in _outline(shape)]
-        pen.polygon(outline, fill=COLOURS[shape.colour])
-    return picture.reduce(4)
+        outline = [(x * large_size, y * large_size) for x, y in _outline(shape)]
+        canvas.polygon(outline, fill=COLOURS[shape.colour])
+    return image.reduce(4)
 
 
 def _outline(shape: Shape) -> list[tuple[float, float]]:
-    """Corners of a shape. A circle is a polygon of very many."""
+    """Compute the corners of a shape. A circle is approximated by a polygon."""
     x, y = shape.centre
     if shape.kind == "cross":
         arm = 0.3
@@ -105,7 +105,7 @@ def _outline(shape: Shape) -> list[tuple[float, float]]:
 
 
 def describe(scene: Scene) -> Question:
-    """The whole scene: every shape, its colour, and how two of them stand to one another."""
+    """Ask for all shapes, their colours, and the position of the first relative to the second."""
     names = [f"a {shape.name}" if shape.colour != "orange" else f"an {shape.name}" for shape in scene.shapes]
     if len(names) == 2:
         first, second = scene.shapes
@@ -115,41 +115,41 @@ def describe(scene: Scene) -> Question:
 
 
 def list_colours(scene: Scene) -> Question:
-    """The colours alone, in reading order. There are 36 answers, and the commonest is right one time in 18."""
+    """Ask for the colours only, in reading order: 36 possible answers, the most frequent one for 1 scene in 18."""
     colours = " and ".join(shape.colour for shape in scene.shapes)
     return Question("Which colours are in the image?", colours.capitalize() + ".")
 
 
-def draw_conversations(
-    rng: Random, number: int, ask: Callable[[Scene], Question], purpose: str, seen: set[bytes]
+def draw_samples(
+    rng: Random, num_samples: int, ask: Callable[[Scene], Question], purpose: str, used: set[bytes]
 ) -> list[dict[str, Any]]:
     """
-    Draw pictures, and ask about each.
+    Draw images and write a question and an answer for each.
 
     Args:
-        rng (`Random`): Where the scenes come from.
-        number (`int`): Of pictures.
-        ask (`Callable`): Makes the question about a scene.
-        purpose (`str`): What the pictures are for, beside the progress bar and in their ids.
-        seen (`set[bytes]`): Pixels of all pictures so far. None of them is drawn again; the new ones are added.
+        rng (`Random`): Source of the random scenes.
+        num_samples (`int`): Number of samples, each with one image.
+        ask (`Callable`): Returns the question about a scene.
+        purpose (`str`): What the samples are for, such as `training`; part of the progress bar and the samples' ids.
+        used (`set[bytes]`): Pixels of all images drawn so far. They are not drawn again; new images are added.
 
     Returns:
-        `list[dict]`: Samples as LLaVA's data sets have them, with the picture itself under `image`.
+        `list[dict]`: Samples in LLaVA's format, with the `PIL.Image.Image` itself as `image`.
     """
-    conversations: list[dict[str, Any]] = []
-    with tqdm(total=number, desc=f"Drawing pictures to {purpose}") as progress:
-        while len(conversations) < number:
+    samples: list[dict[str, Any]] = []
+    with tqdm(total=num_samples, desc=f"Drawing images for {purpose}") as progress:
+        while len(samples) < num_samples:
             scene = random_scene(rng)
-            picture = draw(scene)
-            if picture.tobytes() in seen:
+            image = draw(scene)
+            if image.tobytes() in used:
                 continue
-            seen.add(picture.tobytes())
+            used.add(image.tobytes())
             question = ask(scene)
             turns = [
                 {"from": "human", "value": f"<image>\n{question.text}"},
                 {"from": "gpt", "value": question.answer},
             ]
-            name = f"{purpose.replace(' ', '-')}-{len(conversations)}"
-            conversations.append({"id": name, "image": picture, "conversations": turns})
+            sample_id = f"{purpose.replace(' ', '-')}-{len(samples)}"
+            samples.append({"id": sample_id, "image": image, "conversations": turns})
             progress.update()
-    return conversations
+    return samples

@@ -25,14 +25,13 @@ from transformers import (
 )
 
 from florence_vl_hf.conversion import CheckpointError, assemble
-from florence_vl_hf.conversion.assemble_florence_vl import plan_assembly
 from florence_vl_hf.conversion.key_mapping import MappedName, to_converted, to_first_release
-from florence_vl_hf.conversion.original_model import find_tower_tensors
+from florence_vl_hf.conversion.original_checkpoint import read_tower_tensors
+from florence_vl_hf.conversion.original_config import AssumptionKind
 from florence_vl_hf.modeling.configuration_florence_vl import DEFAULT_PROMPT_TOKEN_IDS
 
-from ..conftest import FIXTURES, tiny_config
-from ..test_cli import status
-from .test_convert_florence_vl_to_hf import stored_tensors
+from ..conftest import FIXTURES, status, tiny_config
+from .conftest import all_tensors
 
 
 FIRST_RELEASE = FIXTURES / "phi-small" / "checkpoint" / "vision_tower"
@@ -48,7 +47,7 @@ SIZES = {
     "pad_token_id": None,
     "initializer_range": 0.5,
 }
-# Rows beyond the tokenizer's: none, and some for `<image>` to take one.
+# Configuration, and rows of the embedding table without a token: with any, `<image>` takes one.
 LANGUAGE_MODELS = {
     "llama": (LlamaConfig, {"tie_word_embeddings": False}, 0),
     "llama-tied": (LlamaConfig, {"tie_word_embeddings": True}, 0),
@@ -64,23 +63,23 @@ def _trained_tokenizer(special_tokens: list[str]) -> ByteLevelBPETokenizer:
     return tokenizer
 
 
-def save_llm(folder: Path, name: str, **tokens: str) -> Path:
+def save_llm(directory: Path, name: str, **tokens: str) -> Path:
     """A tiny language model and its tokenizer, as Transformers saves them."""
-    config_class, changes, free_rows = LANGUAGE_MODELS[name]
+    config_class, changes, num_free_rows = LANGUAGE_MODELS[name]
     tokens = {"bos_token": "<s>", "eos_token": "</s>", **tokens}
     backend = _trained_tokenizer(["<s>", "</s>", "<|reserved|>", *[t for t in tokens.values() if t[1:] > "s>"]])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend._tokenizer, **tokens)
     torch.manual_seed(3)
-    config = config_class(vocab_size=len(tokenizer) + free_rows, **{**SIZES, **changes})
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    config = config_class(vocab_size=len(tokenizer) + num_free_rows, **{**SIZES, **changes})
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
-def save_tower_tokenizer(folder: Path) -> BartTokenizer:
+def save_tower_tokenizer(directory: Path) -> BartTokenizer:
     """A tiny tokenizer of BART's kind, in the two files that Florence-2's first release has."""
-    _trained_tokenizer(["<s>", "<pad>", "</s>", "<unk>", "<mask>"]).save_model(str(folder))
-    return BartTokenizer.from_pretrained(folder)
+    _trained_tokenizer(["<s>", "<pad>", "</s>", "<unk>", "<mask>"]).save_model(str(directory))
+    return BartTokenizer.from_pretrained(directory)
 
 
 def tower_config() -> Florence2Config:
@@ -91,28 +90,28 @@ def tower_config() -> Florence2Config:
 
 @pytest.fixture(scope="module")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Florence-2 in Transformers' own layout, for pictures of 64 x 64."""
-    folder = tmp_path_factory.mktemp("native")
+    """A tiny Florence-2 in Transformers' own layout, for images of 64 x 64."""
+    directory = tmp_path_factory.mktemp("native")
     torch.manual_seed(4)
     model = Florence2ForConditionalGeneration(tower_config())
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
-    pictures = {"size": {"height": 64, "width": 64}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
-    save_tower_tokenizer(folder)
-    return folder
+    model.save_pretrained(directory)
+    images = {"size": {"height": 64, "width": 64}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (directory / "preprocessor_config.json").write_text(json.dumps(images))
+    save_tower_tokenizer(directory)
+    return directory
 
 
 @pytest.fixture(scope="module")
 def first_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Florence-2 in the layout of its first release; its pytorch_model.bin would be slow to read."""
-    folder = tmp_path_factory.mktemp("first_release")
+    directory = tmp_path_factory.mktemp("first_release")
     for name in ("config.json", "preprocessor_config.json"):
-        shutil.copy(FIRST_RELEASE / name, folder)
+        shutil.copy(FIRST_RELEASE / name, directory)
     tensors = torch.load(FIRST_RELEASE / "pytorch_model.bin", weights_only=True)
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    return folder
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, directory / "model.safetensors")
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -120,15 +119,15 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llm(tmp_path_factory.mktemp("llama"), "llama")
 
 
-def load(folder: Path) -> tuple[Any, Any]:
-    model, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+def load(directory: Path) -> tuple[Any, Any]:
+    model, report = AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-    return model.eval(), AutoProcessor.from_pretrained(folder)
+    return model.eval(), AutoProcessor.from_pretrained(directory)
 
 
 class TestLanguageModel:
     @pytest.mark.parametrize("name", LANGUAGE_MODELS)
-    def test_its_own_logits_and_its_own_tokens(self, name, native, tmp_path):
+    def test_logits_and_tokens_are_the_language_models(self, name, native, tmp_path):
         llm = save_llm(tmp_path / "llm", name)
         assemble(native, llm, tmp_path / "out")
         model, processor = load(tmp_path / "out")
@@ -136,11 +135,11 @@ class TestLanguageModel:
         own = PreTrainedTokenizerFast.from_pretrained(llm)
         inputs = processor(text="Describe the world.", return_tensors="pt")
         assert inputs["input_ids"].tolist()[0] == own("Describe the world.").input_ids
-        # Rows that were there before; of a tied table that grew, the new ones are zero.
+        # Rows added to a tied table are zero.
         named = len(own)
         assert_close(model(**inputs).logits[..., :named], expected(input_ids=inputs["input_ids"]).logits[..., :named])
         assert model.config.tie_word_embeddings == LANGUAGE_MODELS[name][1].get("tie_word_embeddings", False)
-        assert ("lm_head.weight" in stored_tensors(tmp_path / "out")) != model.config.tie_word_embeddings
+        assert ("lm_head.weight" in all_tensors(tmp_path / "out")) != model.config.tie_word_embeddings
         assert processor.image_token_id not in own.get_vocab().values()
         assert model.config.text_config.pad_token_id == processor.tokenizer.pad_token_id is not None
 
@@ -159,96 +158,95 @@ class TestLanguageModel:
         ],
     )
     def test_padding(self, tokens, padding, native, tmp_path):
-        plan = plan_assembly(native, save_llm(tmp_path / "llm", "llama", **tokens))
-        assert plan.processor.tokenizer.pad_token == padding
-        said = [assumed for assumed in plan.assumptions if "padding" in assumed]
-        assert bool(said) != ("pad_token" in tokens) and all(padding in assumed for assumed in said)
+        checkpoint = assemble(native, save_llm(tmp_path / "llm", "llama", **tokens), tmp_path / "out")
+        assert checkpoint.processor.tokenizer.pad_token == padding
+        assumed = [a.token for a in checkpoint.assumptions if a.kind is AssumptionKind.PADDING_TOKEN]
+        assert assumed == ([] if "pad_token" in tokens else [padding])
 
-    def test_kinds_that_do_not_fit_are_refused_by_name(self, native, llama, tmp_path):
+    def test_unsupported_language_models_are_refused_by_name(self, native, llama, tmp_path):
         with pytest.raises(CheckpointError, match="model type 'florence2', expected a causal language model"):
-            plan_assembly(native, native)
+            assemble(native, native, tmp_path / "out")
         broken = Path(shutil.copytree(llama, tmp_path / "broken"))
         config = json.loads((broken / "config.json").read_text())
         (broken / "config.json").write_text(json.dumps(config | {"model_type": "mamba9000"}))
         with pytest.raises(CheckpointError, match="broken cannot be loaded"):
-            plan_assembly(native, broken)
+            assemble(native, broken, tmp_path / "out")
         (broken / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
         with pytest.raises(CheckpointError, match="embed_tokens.weight in .* has shape"):
-            plan_assembly(native, broken)
+            assemble(native, broken, tmp_path / "out")
         (broken / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
         with pytest.raises(CheckpointError, match="missing: model.layers.2"):
-            plan_assembly(native, broken)
+            assemble(native, broken, tmp_path / "out")
 
 
 class TestTower:
-    def test_sees_what_transformers_own_florence_2_sees(self, native, llama, tmp_path):
+    def test_features_are_those_of_transformers_florence_2(self, native, llama, tmp_path):
         assemble(native, llama, tmp_path / "out")
         model, _ = load(tmp_path / "out")
         florence = Florence2ForConditionalGeneration.from_pretrained(native).eval()
         pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-        seen = model.get_image_features(pixels).features
+        features = model.get_image_features(pixels).features
         image = florence.get_image_features(pixels, return_dict=True).pooler_output
         image = torch.stack(list(image)) if isinstance(image, list | tuple) else image
-        assert_close(seen["image"], image)
-        words = florence.get_input_embeddings()
+        assert_close(features["image"], image)
+        embed_tokens = florence.get_input_embeddings()
         for name, token_ids in DEFAULT_PROMPT_TOKEN_IDS.items():
-            prompt = words(torch.tensor(token_ids)).expand(2, -1, -1)
+            prompt = embed_tokens(torch.tensor(token_ids)).expand(2, -1, -1)
             encoded = florence.model.language_model.encoder(inputs_embeds=torch.cat([image, prompt], dim=1))
-            assert_close(seen[name], encoded.last_hidden_state[:, : image.shape[1]])
+            assert_close(features[name], encoded.last_hidden_state[:, : image.shape[1]])
 
     def test_first_release(self, first_release, llama, tmp_path):
         assemble(first_release, llama, tmp_path / "out")
         model, _ = load(tmp_path / "out")
         assert (model.config.image_size, model.config.num_image_tokens) == (160, 26)
-        original = stored_tensors(first_release)
-        ours, seen = model.state_dict(), 0
+        original = all_tensors(first_release)
+        ours, num_compared = model.state_dict(), 0
         for name, tensor in original.items():
             mapped = to_converted("model.vision_tower.vision_tower." + name)
             if mapped.name is not None:
                 expected = tensor.T if mapped.transposed else tensor
                 assert_close(ours[mapped.name], expected.float(), rtol=0, atol=0)
-                seen += 1
-        assert seen > 100
+                num_compared += 1
+        assert num_compared > 100
 
-    def test_both_layouts_and_older_saves_give_the_same(self, native, llama, tmp_path):
-        tensors = {name: tensor.read() for name, tensor in find_tower_tensors(native).items()}
+    def test_both_layouts_and_older_saves_are_equal(self, native, llama, tmp_path):
+        tensors = {name: tensor.load() for name, tensor in read_tower_tensors(native).items()}
         layouts = {
             "first": tensors,
-            "older": {name.removeprefix("model."): tensor for name, tensor in stored_tensors(native).items()},
+            "older": {name.removeprefix("model."): tensor for name, tensor in all_tensors(native).items()},
         }
         for name, layout in layouts.items():
-            folder = tmp_path / name
-            folder.mkdir()
+            directory = tmp_path / name
+            directory.mkdir()
             for file in native.glob("*.json"):
-                shutil.copy(file, folder)
-            save_file({name: t.contiguous() for name, t in layout.items()}, folder / "model.safetensors")
-            assemble(folder, llama, tmp_path / f"{name}-out")
+                shutil.copy(file, directory)
+            save_file({name: t.contiguous() for name, t in layout.items()}, directory / "model.safetensors")
+            assemble(directory, llama, tmp_path / f"{name}-out")
         assemble(native, llama, tmp_path / "native-out")
         for name in layouts:
-            assert_close(
-                stored_tensors(tmp_path / f"{name}-out"), stored_tensors(tmp_path / "native-out"), rtol=0, atol=0
-            )
+            assert_close(all_tensors(tmp_path / f"{name}-out"), all_tensors(tmp_path / "native-out"), rtol=0, atol=0)
 
-    def test_names_of_one_layout_are_not_taken_for_the_others(self, native, first_release):
-        firsts = [to_first_release(name) for name in stored_tensors(native)]
+    def test_layouts_are_not_confused(self, native, first_release):
+        firsts = [to_first_release(name) for name in all_tensors(native)]
         assert None not in firsts and len({first.name for first in firsts}) == len(firsts)
-        for name in stored_tensors(first_release):
+        for name in all_tensors(first_release):
             assert to_first_release(name) in (None, MappedName(name, transposed=False))
 
-    def test_picture_settings_that_transformers_5_saves(self, native, llama, tmp_path):
-        folder = Path(shutil.copytree(native, tmp_path / "tower"))
-        pictures = json.loads((folder / "preprocessor_config.json").read_text())
-        (folder / "preprocessor_config.json").unlink()
-        (folder / "processor_config.json").write_text(json.dumps({"image_processor": pictures}))
-        plan = plan_assembly(folder, llama)
-        assert plan.config.image_size == 64 and plan.processor.image_processor.image_mean == (0.5, 0.5, 0.5)
+    def test_image_settings_in_processor_config(self, native, llama, tmp_path):
+        directory = Path(shutil.copytree(native, tmp_path / "tower"))
+        images = json.loads((directory / "preprocessor_config.json").read_text())
+        (directory / "preprocessor_config.json").unlink()
+        (directory / "processor_config.json").write_text(json.dumps({"image_processor": images}))
+        checkpoint = assemble(directory, llama, tmp_path / "out")
+        assert checkpoint.config.image_size == 64
+        assert checkpoint.processor.image_processor.image_mean == (0.5, 0.5, 0.5)
 
 
 class TestNewModel:
-    def test_same_every_time_and_projector_is_drawn_anew_for_each_layer(self, native, llama, tmp_path):
+    def test_is_reproducible_and_projector_layers_differ(self, native, llama, tmp_path):
         for name in ("one", "two"):
             assemble(native, llama, tmp_path / name)
-        one, two = stored_tensors(tmp_path / "one"), stored_tensors(tmp_path / "two")
+        one, two = all_tensors(tmp_path / "one"), all_tensors(tmp_path / "two")
         assert one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
         layers = [one[f"model.multi_modal_projector.layers.{i}.weight"] for i in range(3)]
         assert not layers[1].equal(layers[2])
@@ -256,39 +254,41 @@ class TestNewModel:
             assert layer.std() == pytest.approx(SIZES["initializer_range"], rel=0.1)
         assert not any(one[f"model.multi_modal_projector.layers.{i}.bias"].any() for i in range(3))
 
-    def test_dtype(self, native, llama, tmp_path):
-        plan = assemble(native, llama, tmp_path / "out", dtype=torch.bfloat16)
-        assert {tensor.dtype for tensor in stored_tensors(tmp_path / "out").values()} == {torch.bfloat16}
-        assert plan.config.dtype == torch.bfloat16
-        assert {tensor.dtype for tensor in plan_assembly(FIRST_RELEASE, llama).tensors.values()} == {torch.float32}
+    def test_dtype(self, native, first_release, llama, tmp_path):
+        checkpoint = assemble(native, llama, tmp_path / "out", dtype=torch.bfloat16)
+        assert {tensor.dtype for tensor in all_tensors(tmp_path / "out").values()} == {torch.bfloat16}
+        assert checkpoint.config.dtype == torch.bfloat16
+        by_default = assemble(first_release, llama, tmp_path / "by_default")
+        assert {tensor.dtype for tensor in by_default.tensors.values()} == {torch.float32}
 
     def test_fusion_features_and_prompts(self, native, llama, tmp_path):
         prompts = {"locate": "Locate the sign in the image.", "ocr": "What is the text?"}
-        plan = assemble(
+        checkpoint = assemble(
             native, llama, tmp_path / "out", "token", ["image", "ocr", "locate"], prompts, projector_depth=2
         )
         tokenizer = BartTokenizer.from_pretrained(native)
         for name, text in prompts.items():
-            assert plan.config.prompts[name] == text
-            assert plan.config.prompt_token_ids[name] == tokenizer(text).input_ids
-            assert [tokenizer.bos_token_id, tokenizer.eos_token_id] == plan.config.prompt_token_ids[name][
-                :: len(plan.config.prompt_token_ids[name]) - 1
+            assert checkpoint.config.prompts[name] == text
+            assert checkpoint.config.prompt_token_ids[name] == tokenizer(text).input_ids
+            assert [tokenizer.bos_token_id, tokenizer.eos_token_id] == checkpoint.config.prompt_token_ids[name][
+                :: len(checkpoint.config.prompt_token_ids[name]) - 1
             ]
-        assert plan.config.prompt_token_ids["caption"] == DEFAULT_PROMPT_TOKEN_IDS["caption"]
+        assert checkpoint.config.prompt_token_ids["caption"] == DEFAULT_PROMPT_TOKEN_IDS["caption"]
         model, processor = load(tmp_path / "out")
         assert len(model.model.multi_modal_projector.layers) == 2
         assert processor.num_image_tokens == model.config.num_image_tokens == 15
         assert list(model.get_image_features(torch.zeros(1, 3, 64, 64)).features) == ["image", "ocr", "locate"]
 
-    def test_prompt_needs_the_towers_tokenizer(self, llama):
-        with pytest.raises(CheckpointError, match="vision_tower has no tokenizer"):
-            plan_assembly(FIRST_RELEASE, llama, prompts={"locate": "Locate the sign."})
+    def test_prompt_requires_the_towers_tokenizer(self, first_release, llama, tmp_path):
+        with pytest.raises(CheckpointError, match="first_release.* has no tokenizer"):
+            assemble(first_release, llama, tmp_path / "out", prompts={"locate": "Locate the sign."})
 
-    def test_image_feature_source(self, native, llama):
-        assert [a for a in plan_assembly(native, llama).assumptions if "image_feature_source" in a]
-        plan = plan_assembly(native, llama, image_feature_source=["temporal_avg_pool"])
-        assert plan.config.num_image_tokens == 4
-        assert not [a for a in plan.assumptions if "image_feature_source" in a]
+    def test_image_feature_source(self, native, llama, tmp_path):
+        kinds = [assumption.kind for assumption in assemble(native, llama, tmp_path / "assumed").assumptions]
+        assert AssumptionKind.IMAGE_FEATURE_SOURCE in kinds
+        checkpoint = assemble(native, llama, tmp_path / "given", image_feature_source=["temporal_avg_pool"])
+        assert checkpoint.config.num_image_tokens == 4
+        assert AssumptionKind.IMAGE_FEATURE_SOURCE not in [assumption.kind for assumption in checkpoint.assumptions]
 
 
 class TestCommand:
@@ -305,11 +305,11 @@ class TestCommand:
         assert status("assemble", *parts, *prompt, "--fusion", "average", "--dtype", "bfloat16") == 0
         printed = capfd.readouterr()
         assert "average fusion of image, caption, locate" in printed.out and "5 tokens per image" in printed.out
-        assert "Writing weights" in printed.err and "</s> is taken" in caplog.text
+        assert "Writing weights" in printed.err and "</s> is used" in caplog.text
         config = load(tmp_path / "out")[0].config
         assert config.prompts["locate"] == 'Locate "the" sign = here.'
 
-    def test_plain_is_the_format_of_pretraining(self, native, llama, tmp_path):
+    def test_chat_template_is_plain_by_default(self, native, llama, tmp_path):
         assert status("assemble", "--vision-tower", native, "--llm", llama, "--output", tmp_path / "out") == 0
         processor = AutoProcessor.from_pretrained(tmp_path / "out")
         content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
@@ -320,7 +320,7 @@ class TestCommand:
         ("arguments", "code", "message"),
         [
             (["--prompt", "locate"], 2, "NAME="),
-            (["--prompt", "image=What?"], 1, "A prompt is called 'image'"),
+            (["--prompt", "image=What?"], 1, "A prompt is named 'image'"),
             (["--features", "image,locate"], 1, "give one or more of"),
             (["--fusion", "sum"], 2, "sum"),
             (["--chat-template", "chatml"], 1, "choose one of"),

@@ -14,22 +14,21 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Florence2Fo
 
 from florence_vl_hf import FlorenceVLConfig
 from florence_vl_hf.conversion import CheckpointError, convert, export
-from florence_vl_hf.conversion.export_florence_vl_to_original import ORIGINAL_TOWER_ID, plan_export
+from florence_vl_hf.conversion.export_florence_vl_to_original import ORIGINAL_TOWER_ID, read_as_original
 from florence_vl_hf.conversion.key_mapping import to_converted
 from florence_vl_hf.conversion.original_config import (
     TEXT_MODEL_TYPES,
     text_config_from_original,
     text_config_to_original,
-    tower_settings_from_folder,
+    tower_settings_from_directory,
 )
 
-from ..conftest import FIXTURES, Golden
-from ..test_cli import status
+from ..conftest import status
+from .conftest import LLAMA, PHI, all_tensors
 from .test_assemble_florence_vl import save_llm
-from .test_convert_florence_vl_to_hf import stored_tensors
 
 
-PHI_TOWER = FIXTURES / "phi-small" / "checkpoint" / "vision_tower"
+PHI_TOWER = PHI.checkpoint / "vision_tower"
 TOWER = "model.vision_tower.vision_tower."
 
 
@@ -51,8 +50,8 @@ def again(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    golden, output = Golden(FIXTURES / "llama-small"), tmp_path_factory.mktemp("llama") / "model"
-    convert(golden.checkpoint, output, golden.vision_tower)
+    output = tmp_path_factory.mktemp("llama") / "model"
+    convert(LLAMA.checkpoint, output, LLAMA.vision_tower)
     return output
 
 
@@ -72,9 +71,9 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-class TestThereAndBack:
+class TestRoundTrip:
     def test_every_tensor_is_bit_equal(self, converted, again):
-        before, after = stored_tensors(converted), stored_tensors(again)
+        before, after = all_tensors(converted), all_tensors(again)
         assert {tensor.dtype for tensor in before.values()} == {torch.bfloat16}
         assert_close(after, before, rtol=0, atol=0)
 
@@ -106,19 +105,19 @@ class TestThereAndBack:
 
     def test_answers_are_equal(self, golden, converted, again):
         answers = []
-        for folder in (converted, again):
+        for directory in (converted, again):
             processor, model = (
-                AutoProcessor.from_pretrained(folder),
-                AutoModelForImageTextToText.from_pretrained(folder),
+                AutoProcessor.from_pretrained(directory),
+                AutoModelForImageTextToText.from_pretrained(directory),
             )
             inputs = processor(text="<image>Hi", images=golden.image("odd.jpg"), return_tensors="pt")
             answers.append(model.generate(**inputs, max_new_tokens=4, do_sample=False))
         assert answers[0].equal(answers[1])
 
 
-class TestOriginalFolder:
-    def test_tensors_are_the_goldens_under_the_same_names(self, golden, exported):
-        original, ours = stored_tensors(golden.checkpoint), stored_tensors(exported)
+class TestOriginalFormat:
+    def test_tensors_and_names_are_the_goldens(self, golden, exported):
+        original, ours = all_tensors(golden.checkpoint), all_tensors(exported)
         used = {name for name in original if to_converted(name).name is not None}
         assert set(ours) == used
         for name in used:
@@ -129,26 +128,26 @@ class TestOriginalFolder:
         assert len(shards) > 2
         assert sorted(set(read(exported / "model.safetensors.index.json")["weight_map"].values())) == shards
 
-    def test_config_is_the_goldens_but_for_the_place_of_the_tower(self, golden, exported):
+    def test_config_is_the_goldens_except_for_the_tower_id(self, golden, exported):
         original, ours = read(golden.checkpoint / "config.json"), read(exported / "config.json")
         del original["transformers_version"]
         assert ours == original | {"mm_vision_tower": ORIGINAL_TOWER_ID}
 
     def test_tower_config_has_the_form_of_the_first_release(self, golden, exported):
-        folder = golden.vision_tower or golden.checkpoint / "vision_tower"
-        original, ours = read(folder / "config.json"), read(exported / "vision_tower" / "config.json")
+        directory = golden.vision_tower or golden.checkpoint / "vision_tower"
+        original, ours = read(directory / "config.json"), read(exported / "vision_tower" / "config.json")
         assert ours["vision_config"] == original["vision_config"]
         shared = original["text_config"].keys() & ours["text_config"].keys()
         assert {name: ours["text_config"][name] for name in shared} == {
             name: original["text_config"][name] for name in shared
         }
         assert {"d_model", "encoder_layers", "encoder_attention_heads", "decoder_layers", "scale_embedding"} <= shared
-        pictures = read(exported / "vision_tower" / "preprocessor_config.json")
-        for name, value in read(folder / "preprocessor_config.json").items():
-            assert name in ("auto_map", "_valid_processor_keys") or pictures[name] == value, name
-        told = tower_settings_from_folder(exported / "vision_tower")
-        assert told.config.to_dict() == tower_settings_from_folder(folder).config.to_dict()
-        assert not told.assumptions
+        images = read(exported / "vision_tower" / "preprocessor_config.json")
+        for name, value in read(directory / "preprocessor_config.json").items():
+            assert name in ("auto_map", "_valid_processor_keys") or images[name] == value, name
+        settings = tower_settings_from_directory(exported / "vision_tower")
+        assert settings.config.to_dict() == tower_settings_from_directory(directory).config.to_dict()
+        assert not settings.assumptions
 
     def test_tokenizer_is_the_originals(self, golden, converted, exported):
         tokenizer = read(exported / "tokenizer.json")
@@ -161,75 +160,81 @@ class TestOriginalFolder:
         assert tokenizer["added_tokens"] == [by_name[name] for name in names]
         Tokenizer.from_file(str(exported / "tokenizer.json"))
 
-    def test_pictures_that_are_just_resized(self, copy, tmp_path):
+    def test_pytorch_weights(self, copy, llama, tmp_path):
+        torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+        (copy / "model.safetensors").unlink()
+        for name, source in (("from_pytorch", copy), ("from_safetensors", llama)):
+            export(source, tmp_path / name)
+        tensors = all_tensors(tmp_path / "from_pytorch")
+        assert_close(tensors, all_tensors(tmp_path / "from_safetensors"), rtol=0, atol=0)
+
+    def test_images_resized_without_padding(self, copy, tmp_path):
         edit(copy / "processor_config.json", lambda config: config["image_processor"].update(do_pad=False))
-        files = plan_export(copy).files
+        files = read_as_original(copy).files
         assert files["config.json"]["image_aspect_ratio"] == "square"
 
 
 class TestDecoder:
-    def test_comes_from_the_vision_tower(self, tmp_path, caplog):
-        phi = Golden(FIXTURES / "phi-small")
-        convert(phi.checkpoint, tmp_path / "converted")
+    def test_is_read_from_the_vision_tower(self, tmp_path, caplog):
+        convert(PHI.checkpoint, tmp_path / "converted")
         tower = tmp_path / "tower"
         tower.mkdir()
         shutil.copy(PHI_TOWER / "config.json", tower)
         stored = torch.load(PHI_TOWER / "pytorch_model.bin", weights_only=True)
-        # Unlike the checkpoint's own, to tell the two apart: its decoder is used, and nothing else.
+        # Unlike the checkpoint's own: its decoder is used, and nothing else.
         doubled = {name: tensor.float() * 2 for name, tensor in stored.items() if "lm_head" not in name}
         save_file(doubled, tower / "model.safetensors")
         export(tmp_path / "converted", tmp_path / "exported", tower)
-        assert "will start it at random" not in caplog.text
-        ours, original = stored_tensors(tmp_path / "exported"), stored_tensors(phi.checkpoint)
+        assert "start it at random" not in caplog.text
+        ours, original = all_tensors(tmp_path / "exported"), all_tensors(PHI.checkpoint)
         assert set(ours) == set(original)
         for name, tensor in original.items():
             assert ours[name].dtype == tensor.dtype
             assert ours[name].equal(tensor * 2 if ".decoder." in name else tensor), name
-        told = read(tmp_path / "exported" / "vision_tower" / "config.json")
-        assert told["auto_map"] == read(PHI_TOWER / "config.json")["auto_map"]
-        assert told["text_config"]["num_beams"] == 3
+        config = read(tmp_path / "exported" / "vision_tower" / "config.json")
+        assert config["auto_map"] == read(PHI_TOWER / "config.json")["auto_map"]
+        assert config["text_config"]["num_beams"] == 3
 
-    def test_of_transformers_own_florence_2(self, llama, tmp_path):
+    def test_is_read_from_transformers_florence_2(self, llama, tmp_path):
         config = FlorenceVLConfig.from_pretrained(llama).vision_config
         torch.manual_seed(0)
         florence = Florence2ForConditionalGeneration(config)
         florence.save_pretrained(tmp_path / "tower")
         export(llama, tmp_path / "exported", tmp_path / "tower")
-        ours = stored_tensors(tmp_path / "exported")
-        original = stored_tensors(FIXTURES / "llama-small" / "checkpoint")
+        ours = all_tensors(tmp_path / "exported")
+        original = all_tensors(LLAMA.checkpoint)
         assert set(original) - set(ours) == {TOWER + "language_model.final_logits_bias"}  # zeros
         name = "decoder.layers.0.encoder_attn.k_proj.weight"
         expected = florence.model.language_model.get_parameter(name).bfloat16()
         assert ours[f"{TOWER}language_model.model.{name}"].equal(expected)
 
-    def test_without_a_tower_it_is_said(self, llama, tmp_path, caplog):
+    def test_missing_decoder_is_a_warning(self, llama, tmp_path, caplog):
         export(llama, tmp_path / "exported")
         assert "start it at random" in caplog.text
 
     def test_of_another_size_is_refused(self, llama, tmp_path):
         with pytest.raises(CheckpointError, match="as --vision-tower"):
-            plan_export(llama, PHI_TOWER)
+            read_as_original(llama, PHI_TOWER)
         with pytest.raises(CheckpointError, match="missing: language_model.model.decoder"):
-            plan_export(llama, FIXTURES / "llama-small" / "vision_tower")
+            read_as_original(llama, LLAMA.vision_tower)
 
 
 class TestVocabulary:
-    def test_rows_that_were_trained_are_kept(self, copy):
-        """They are the model's by then, though no token of the original names them."""
+    def test_trained_rows_are_kept(self, copy):
+        """Even if they have no token in the original."""
         tensors = load_file(copy / "model.safetensors")
         tensors["model.language_model.embed_tokens.weight"][-1] = 1
         save_file(tensors, copy / "model.safetensors")
-        plan = plan_export(copy)
-        assert plan.files["config.json"]["vocab_size"] == 512
-        assert plan.tensors["lm_head.weight"].shape[0] == 512
+        checkpoint = read_as_original(copy)
+        assert checkpoint.files["config.json"]["vocab_size"] == 512
+        assert checkpoint.tensors["lm_head.weight"].shape[0] == 512
 
-    def test_image_token_of_the_original_itself_is_kept(self, tmp_path):
-        golden = Golden(FIXTURES / "llama-small")
-        source = Path(shutil.copytree(golden.checkpoint, tmp_path / "source"))
+    def test_image_token_of_the_original_is_kept(self, tmp_path):
+        source = Path(shutil.copytree(LLAMA.checkpoint, tmp_path / "source"))
         reserved = "<|reserved_special_token_2|>"
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (source / name).write_text((source / name).read_text().replace(reserved, "<image>"))
-        convert(source, tmp_path / "converted", golden.vision_tower)
+        convert(source, tmp_path / "converted", LLAMA.vision_tower)
         export(tmp_path / "converted", tmp_path / "exported")
         assert read(tmp_path / "exported" / "config.json")["vocab_size"] == 482
         convert(tmp_path / "exported", tmp_path / "again")
@@ -237,15 +242,14 @@ class TestVocabulary:
         assert ids == [470, 470]
 
     def test_tied_head_is_not_stored(self, tmp_path):
-        golden = Golden(FIXTURES / "llama-small")
-        source = Path(shutil.copytree(golden.checkpoint, tmp_path / "source"))
+        source = Path(shutil.copytree(LLAMA.checkpoint, tmp_path / "source"))
         edit(source / "config.json", lambda config: config.update(tie_word_embeddings=True))
-        convert(source, tmp_path / "converted", golden.vision_tower)
+        convert(source, tmp_path / "converted", LLAMA.vision_tower)
         export(tmp_path / "converted", tmp_path / "exported")
-        assert "lm_head.weight" not in stored_tensors(tmp_path / "exported")
+        assert "lm_head.weight" not in all_tensors(tmp_path / "exported")
         assert read(tmp_path / "exported" / "config.json")["tie_word_embeddings"] is True
         convert(tmp_path / "exported", tmp_path / "again")
-        assert_close(stored_tensors(tmp_path / "again"), stored_tensors(tmp_path / "converted"), rtol=0, atol=0)
+        assert_close(all_tensors(tmp_path / "again"), all_tensors(tmp_path / "converted"), rtol=0, atol=0)
 
 
 class TestTextConfig:
@@ -259,10 +263,10 @@ class TestTextConfig:
             ("qwen2", {"rope_type": "default", "rope_theta": 1000000.0}),
         ],
     )
-    def test_old_form_says_the_same(self, model_type, rope):
+    def test_rope_fields_of_transformers_4_43(self, model_type, rope):
         config = tiny_text_config(model_type, rope_parameters=rope)
-        original, inexpressible = text_config_to_original(config)
-        assert inexpressible == []
+        original, unsupported = text_config_to_original(config)
+        assert unsupported == []
         assert "rope_parameters" not in original and original["rope_theta"] == rope["rope_theta"]
         assert TEXT_MODEL_TYPES[original["model_type"]] == model_type
         assert text_config_from_original(original).to_dict() == config.to_dict()
@@ -274,7 +278,7 @@ class TestTextConfig:
             (
                 "qwen2",
                 {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-                "'linear' scaling",
+                "rope scaling 'linear'",
             ),
             (
                 "phi3",
@@ -284,9 +288,9 @@ class TestTextConfig:
             ("gemma", {}, "type 'gemma'"),
         ],
     )
-    def test_what_the_original_cannot_express(self, model_type, changes, message):
-        _, inexpressible = text_config_to_original(tiny_text_config(model_type, **changes))
-        assert len(inexpressible) == 1 and message in inexpressible[0]
+    def test_unsupported_by_the_original(self, model_type, changes, message):
+        _, unsupported = text_config_to_original(tiny_text_config(model_type, **changes))
+        assert len(unsupported) == 1 and message in unsupported[0]
 
 
 def tiny_text_config(model_type: str, **changes: Any) -> Any:
@@ -311,11 +315,11 @@ class TestRefusals:
             ),
         ],
     )
-    def test_what_the_original_cannot_express(self, changes, message, copy, tmp_path):
+    def test_unsupported_by_the_original(self, changes, message, copy, tmp_path):
         edit(copy / "config.json", lambda config: config.update(changes))
-        self.refuse(copy, tmp_path, f"no way to express .*{message}")
+        self.refuse(copy, tmp_path, f"does not support .*{message}")
 
-    def test_tower_of_another_make(self, copy, tmp_path):
+    def test_tower_with_another_mlp_ratio(self, copy, tmp_path):
         edit(copy / "config.json", lambda config: config["vision_config"]["vision_config"].update(mlp_ratio=2.0))
         self.refuse(copy, tmp_path, "a tower with mlp_ratio 2.0")
 
@@ -325,10 +329,8 @@ class TestRefusals:
         save_file(tensors | {"model.extra": torch.zeros(1)}, copy / "model.safetensors")
         self.refuse(copy, tmp_path, "nothing uses: model.extra .* missing: model.language_model.norm.weight")
 
-    def test_what_is_no_model_of_this_package(self, tmp_path):
-        self.refuse(
-            FIXTURES / "llama-small" / "checkpoint", tmp_path, "model type 'llava_llama', expected 'florence_vl'"
-        )
+    def test_models_of_other_types(self, tmp_path):
+        self.refuse(LLAMA.checkpoint, tmp_path, "model type 'llava_llama', expected 'florence_vl'")
         self.refuse(save_llm(tmp_path / "llm", "llama"), tmp_path, "model type 'llama'")
 
     def refuse(self, source: Path, tmp_path: Path, message: str) -> None:

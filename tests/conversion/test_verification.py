@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from florence_vl_hf import FlorenceVLForConditionalGeneration, FlorenceVLProcessor
 from florence_vl_hf.cli import main
 from florence_vl_hf.conversion import CheckpointError, convert
-from florence_vl_hf.conversion.verification import StageResult, Verdict, agrees, format_results, verify
+from florence_vl_hf.conversion.verification import CheckResult, Verdict, agrees, format_results, verify
 
 from ..conftest import FIXTURES, Golden
 
@@ -21,11 +21,11 @@ from ..conftest import FIXTURES, Golden
 LLAMA = Golden(FIXTURES / "llama-small")
 REFERENCE = LLAMA.folder / "reference.safetensors"
 FORWARDS = range(len(LLAMA.reference["forwards"]))
-VISION_STAGES = ["DaViT (relative)", "V", "V't1 (caption)", "V't2 (ocr)", "V't3 (grounding)", "projection"]
-STAGES = [
+FEATURE_CHECKS = ["DaViT (relative)", "V", "V't1 (caption)", "V't2 (ocr)", "V't3 (grounding)", "projection"]
+CHECKS = [
     "image tokens",
     "pixel values",
-    *VISION_STAGES,
+    *FEATURE_CHECKS,
     *[f"logits {i}" for i in FORWARDS],
     *[f"loss {i}" for i in FORWARDS],
     "greedy tokens",
@@ -34,38 +34,38 @@ STAGES = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("verified") / "llama"
     convert(LLAMA.checkpoint, output, LLAMA.vision_tower)
     return output
 
 
 @pytest.fixture(scope="module")
-def sound_model(folder: Path) -> FlorenceVLForConditionalGeneration:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+def good_model(converted_llama: Path) -> FlorenceVLForConditionalGeneration:
+    return AutoModelForImageTextToText.from_pretrained(converted_llama, dtype=torch.float32)
 
 
 @pytest.fixture
-def broken_model(sound_model: FlorenceVLForConditionalGeneration) -> FlorenceVLForConditionalGeneration:
-    """A copy, to be broken."""
-    return copy.deepcopy(sound_model)
+def broken_model(good_model: FlorenceVLForConditionalGeneration) -> FlorenceVLForConditionalGeneration:
+    """A copy to break."""
+    return copy.deepcopy(good_model)
 
 
 @pytest.fixture
-def llama_processor(folder: Path) -> FlorenceVLProcessor:
-    return AutoProcessor.from_pretrained(folder)
+def llama_processor(converted_llama: Path) -> FlorenceVLProcessor:
+    return AutoProcessor.from_pretrained(converted_llama)
 
 
 @pytest.fixture
 def reference(tmp_path: Path) -> Path:
-    """A copy of the recording, with its record and its pictures, to be changed."""
+    """A copy of the recorded reference to change, with its record and its images."""
     shutil.copytree(LLAMA.folder / "images", tmp_path / "images")
     shutil.copy(LLAMA.folder / "reference.json", tmp_path)
     return Path(shutil.copy(REFERENCE, tmp_path))
 
 
 def change(reference: Path, tensors: dict[str, torch.Tensor | None] | None = None, **record: Any) -> Path:
-    """Replace tensors and entries of the record; `None` takes them away."""
+    """Replace tensors and entries of the record; `None` removes them."""
     for stored, changes in ((load_file(reference), tensors or {}), (LLAMA.reference, record)):
         changed = {name: value for name, value in {**stored, **changes}.items() if value is not None}
         if changes is record:
@@ -75,12 +75,12 @@ def change(reference: Path, tensors: dict[str, torch.Tensor | None] | None = Non
     return reference
 
 
-def verdicts(results: list[StageResult]) -> dict[str, Verdict]:
-    return {result.stage: result.verdict for result in results}
+def verdicts(results: list[CheckResult]) -> dict[str, Verdict]:
+    return {result.name: result.verdict for result in results}
 
 
-def failed(results: list[StageResult]) -> list[str]:
-    return [result.stage for result in results if result.verdict is Verdict.FAILED]
+def failed(results: list[CheckResult]) -> list[str]:
+    return [result.name for result in results if result.verdict is Verdict.FAILED]
 
 
 def status(*arguments: str | Path) -> int:
@@ -90,44 +90,44 @@ def status(*arguments: str | Path) -> int:
 
 
 class TestAgreement:
-    def test_every_stage_of_a_converted_checkpoint_agrees(self, golden, model, processor):
+    def test_every_check_of_a_converted_checkpoint_passes(self, golden, model, processor):
         results = verify(model, processor, golden.folder / "reference.safetensors")
-        assert verdicts(results) == dict.fromkeys(STAGES, Verdict.OK)
+        assert verdicts(results) == dict.fromkeys(CHECKS, Verdict.OK)
         assert agrees(results)
         with_numbers = [result for result in results if result.max_difference is not None]
-        assert len(with_numbers) == 1 + len(VISION_STAGES) + 2 * len(FORWARDS)
+        assert len(with_numbers) == 1 + len(FEATURE_CHECKS) + 2 * len(FORWARDS)
         assert all(result.mean_difference <= result.max_difference < 1e-3 for result in with_numbers)
 
-    def test_command(self, folder, capfd):
-        assert status("verify", folder, "--reference", REFERENCE, "--device", "cpu") == 0
+    def test_command(self, converted_llama, capfd):
+        assert status("verify", converted_llama, "--reference", REFERENCE, "--device", "cpu") == 0
         printed = capfd.readouterr()
         lines = printed.out.strip().split("\n")
-        assert lines[0].split() == ["stage", "max", "difference", "mean", "difference", "verdict"]
-        assert lines[-1] == "All 20 stages agree."
+        assert lines[0].split() == ["check", "max", "difference", "mean", "difference", "verdict"]
+        assert lines[-1] == "All 20 checks passed."
         assert "Forwards" in printed.err
 
     def test_table_is_aligned(self):
         results = [
-            StageResult("V", Verdict.OK, 1.5e-5, 1e-6),
-            StageResult("V't3 (grounding)", Verdict.FAILED, 0.25, 0.125),
-            StageResult("token ids", Verdict.NOT_RECORDED),
-            StageResult("projection", Verdict.NOT_COMPARABLE, note="why"),
+            CheckResult("V", Verdict.OK, 1.5e-5, 1e-6),
+            CheckResult("V't3 (grounding)", Verdict.FAILED, 0.25, 0.125),
+            CheckResult("token ids", Verdict.NOT_RECORDED),
+            CheckResult("projection", Verdict.NOT_COMPARABLE, note="why"),
         ]
         assert format_results(results).split("\n") == [
-            "stage             max difference  mean difference  verdict",
+            "check             max difference  mean difference  verdict",
             "V                       1.50e-05         1.00e-06  ok",
             "V't3 (grounding)        2.50e-01         1.25e-01  FAILED",
             "token ids                      -                -  not recorded",
             "projection                     -                -  not comparable: why",
-            "1 of 2 stages differ, 1 not recorded, 1 not comparable.",
+            "1 of 2 checks failed, 1 not recorded, 1 not comparable.",
         ]
 
 
 class TestBrokenModels:
-    """A fault shows at its own stage, and at none before it."""
+    """A fault fails its own check, and none before it."""
 
     @pytest.mark.parametrize(
-        ("weight", "stage"),
+        ("weight", "check"),
         [
             ("model.vision_tower.backbone.blocks.3.0.channel_block.ffn.fc2.weight", "DaViT (relative)"),
             ("model.vision_tower.backbone.convs.0.conv.weight", "DaViT (relative)"),
@@ -139,31 +139,31 @@ class TestBrokenModels:
             ("lm_head.weight", "logits 0"),
         ],
     )
-    def test_one_weight(self, weight, stage, broken_model, llama_processor):
+    def test_one_weight(self, weight, check, broken_model, llama_processor):
         with torch.no_grad():
             broken_model.get_parameter(weight).view(-1)[0] += 1
         results = verify(broken_model, llama_processor, REFERENCE)
-        assert failed(results)[0] == stage
+        assert failed(results)[0] == check
         assert not agrees(results)
 
     def test_one_prompt(self, broken_model, llama_processor):
-        broken_model.model.prompts.input_ids[1, 3] += 1
-        of_features = [stage for stage in failed(verify(broken_model, llama_processor, REFERENCE)) if "V" in stage]
+        broken_model.model.vision_tower.prompts.input_ids[1, 3] += 1
+        of_features = [name for name in failed(verify(broken_model, llama_processor, REFERENCE)) if "V" in name]
         assert of_features == ["V't2 (ocr)"]
 
-    def test_picture_settings(self, sound_model, llama_processor):
+    def test_image_settings(self, good_model, llama_processor):
         llama_processor.image_processor.do_pad = False
-        results = verify(sound_model, llama_processor, REFERENCE)
+        results = verify(good_model, llama_processor, REFERENCE)
         assert failed(results) == ["pixel values"]
         assert "steps of 8-bit colour" in results[1].note
 
-    def test_chat_template(self, sound_model, llama_processor):
+    def test_chat_template(self, good_model, llama_processor):
         llama_processor.chat_template = llama_processor.chat_template.replace("polite", "rude")
-        results = verify(sound_model, llama_processor, REFERENCE)
+        results = verify(good_model, llama_processor, REFERENCE)
         assert failed(results) == ["token ids"]
         assert results[-1].note.startswith("12 of 12 differ, first: train_input_ids of dialog 0")
 
-    def test_weights_that_are_not_numbers(self, broken_model, llama_processor):
+    def test_nan_weights(self, broken_model, llama_processor):
         with torch.no_grad():
             broken_model.get_parameter("model.multi_modal_projector.layers.2.bias")[0] = torch.nan
         assert failed(verify(broken_model, llama_processor, REFERENCE))[0] == "projection"
@@ -174,7 +174,7 @@ class TestBrokenModels:
         assert set(failed(verify(broken_model, llama_processor, REFERENCE))) == {f"logits {i}" for i in FORWARDS}
         assert agrees(verify(broken_model, llama_processor, REFERENCE, tolerance_factor=100))
         # So strictly, no two computations in float32 agree.
-        assert set(VISION_STAGES) <= set(failed(verify(broken_model, llama_processor, REFERENCE, tolerance_factor=0)))
+        assert set(FEATURE_CHECKS) <= set(failed(verify(broken_model, llama_processor, REFERENCE, tolerance_factor=0)))
 
     def test_command_fails(self, broken_model, llama_processor, tmp_path, capfd):
         with torch.no_grad():
@@ -187,13 +187,13 @@ class TestBrokenModels:
         table = printed.out.strip().split("\n")
         assert table[8].startswith("projection") and table[8].endswith("ok")
         assert table[9].startswith("logits 0") and table[9].endswith("FAILED")
-        assert table[-1].endswith("of 20 stages differ.")
+        assert table[-1].endswith("of 20 checks failed.")
 
 
 class TestOtherModels:
     @pytest.mark.parametrize(("source", "num_image_tokens"), [("temporal_avg_pool", 9), ("spatial_avg_pool", 1)])
     def test_number_of_image_tokens_comes_first(self, source, num_image_tokens, tmp_path, capfd):
-        """The question of 576 or 577, in small."""
+        """The small version of 576 or 577 tokens."""
         convert(LLAMA.checkpoint, tmp_path / "out", LLAMA.vision_tower, image_feature_source=[source])
         assert status("verify", tmp_path / "out", "--reference", REFERENCE, "--device", "cpu") == 1
         table = capfd.readouterr().out.strip().split("\n")
@@ -202,120 +202,125 @@ class TestOtherModels:
         assert table[1].endswith("--image-feature-source spatial_avg_pool,temporal_avg_pool")
         assert [line.split("  ")[0] for line in table if line.endswith("  ok")] == ["pixel values", "DaViT (relative)"]
         assert sum("not comparable: the numbers of image tokens differ" in line for line in table) == 16
-        assert table[-1] == "1 of 4 stages differ, 16 not comparable."
+        assert table[-1] == "1 of 4 checks failed, 16 not comparable."
 
-    def test_other_pictures(self, sound_model, llama_processor):
-        results = verify(sound_model, llama_processor, FIXTURES / "phi-small" / "reference.safetensors")
+    def test_images_of_another_size(self, good_model, llama_processor):
+        results = verify(good_model, llama_processor, FIXTURES / "phi-small" / "reference.safetensors")
         assert {"image tokens", "pixel values", "token ids"} <= set(failed(results))
-        note = next(result.note for result in results if result.stage == "V")
-        assert note == "pixel_values are recorded as (3, 160, 160), the model takes (3, 96, 96)"
+        note = next(result.note for result in results if result.name == "V")
+        assert note == "pixel_values are recorded as (3, 160, 160), the model expects (3, 96, 96)"
         assert "no --image-feature-source gives that at 96 x 96 pixels" in results[0].note
 
-    def test_fewer_features(self, folder, llama_processor):
+    def test_fewer_features(self, converted_llama, llama_processor):
         """A model without V and with two prompts, against a recording with three."""
-        config = AutoModelForImageTextToText.from_pretrained(folder).config
+        config = AutoModelForImageTextToText.from_pretrained(converted_llama).config
         config.fusion_features = ["caption", "ocr"]
         model = FlorenceVLForConditionalGeneration(config).float()
         found = verdicts(verify(model, llama_processor, REFERENCE))
         assert found["V"] is Verdict.NOT_COMPARABLE
         assert found["V't1 (caption)"] is found["V't2 (ocr)"] is found["projection"] is Verdict.FAILED
 
-    def test_model_of_another_kind(self, llama_processor, sound_model):
+    def test_model_of_another_type(self, llama_processor, good_model):
         with pytest.raises(CheckpointError, match="type 'llama', expected 'florence_vl'"):
-            verify(sound_model.model.language_model, llama_processor, REFERENCE)
+            verify(good_model.model.language_model, llama_processor, REFERENCE)
 
 
 class TestReferences:
-    def test_tensors_alone(self, sound_model, llama_processor, reference):
+    def test_tensors_alone(self, good_model, llama_processor, reference):
         reference.with_suffix(".json").unlink()
-        results = verify(sound_model, llama_processor, reference)
-        expected = dict.fromkeys(STAGES, Verdict.NOT_RECORDED)
-        expected |= dict.fromkeys(["image tokens", *VISION_STAGES], Verdict.OK)
+        results = verify(good_model, llama_processor, reference)
+        expected = dict.fromkeys(CHECKS, Verdict.NOT_RECORDED)
+        expected |= dict.fromkeys(["image tokens", *FEATURE_CHECKS], Verdict.OK)
         assert verdicts(results) == expected
-        assert format_results(results).endswith("All 7 stages agree, 13 not recorded.")
+        assert format_results(results).endswith("All 7 checks passed, 13 not recorded.")
 
     @pytest.mark.parametrize(
-        ("tensor", "stages"),
+        ("tensor", "checks"),
         [
             ("davit", ["DaViT (relative)"]),
             ("image_feature", ["V"]),
-            ("encoder_last_hidden_state", VISION_STAGES[2:5]),
+            ("encoder_last_hidden_state", FEATURE_CHECKS[2:5]),
             ("projected", ["projection"]),
             ("forward3.logits", ["logits 3"]),
         ],
     )
-    def test_missing_tensor(self, tensor, stages, sound_model, llama_processor, reference):
-        found = verdicts(verify(sound_model, llama_processor, change(reference, {tensor: None})))
-        assert found == dict.fromkeys(STAGES, Verdict.OK) | dict.fromkeys(stages, Verdict.NOT_RECORDED)
+    def test_missing_tensor(self, tensor, checks, good_model, llama_processor, reference):
+        found = verdicts(verify(good_model, llama_processor, change(reference, {tensor: None})))
+        assert found == dict.fromkeys(CHECKS, Verdict.OK) | dict.fromkeys(checks, Verdict.NOT_RECORDED)
 
-    def test_missing_record(self, sound_model, llama_processor, reference):
+    def test_missing_record(self, good_model, llama_processor, reference):
         shutil.rmtree(reference.parent / "images")
         forwards = [{key: forward[key] for key in ("rows", "input_ids")} for forward in LLAMA.reference["forwards"]]
         change(reference, forwards=forwards[:1], generations=None, dialogs=None)
-        found = verdicts(verify(sound_model, llama_processor, reference))
-        assert [stage for stage in STAGES if found[stage] is Verdict.OK] == [
+        found = verdicts(verify(good_model, llama_processor, reference))
+        assert [name for name in CHECKS if found[name] is Verdict.OK] == [
             "image tokens",
-            *VISION_STAGES,
+            *FEATURE_CHECKS,
             "logits 0",
         ]
         assert set(found.values()) == {Verdict.OK, Verdict.NOT_RECORDED}
 
-    def test_missing_pixel_values(self, sound_model, llama_processor, reference):
+    def test_missing_pixel_values(self, good_model, llama_processor, reference):
         change(reference, {"pixel_values": None})
-        found = verdicts(verify(sound_model, llama_processor, reference))
+        found = verdicts(verify(good_model, llama_processor, reference))
         assert found["pixel values"] is Verdict.NOT_RECORDED
         assert found["V"] is found["logits 0"] is found["greedy tokens"] is Verdict.NOT_COMPARABLE
         assert found["image tokens"] is found["token ids"] is Verdict.OK
 
-    def test_what_is_right_of_a_row_is_not_read(self, sound_model, llama_processor, reference):
+    def test_padding_is_ignored(self, good_model, llama_processor, reference):
         logits = LLAMA.tensors["forward4.logits"].clone()
         lengths = [sum(mask) for mask in LLAMA.reference["forwards"][4]["attention_mask"]]
         row = lengths.index(min(lengths))
         logits[row, -1] = torch.nan
-        assert agrees(verify(sound_model, llama_processor, change(reference, {"forward4.logits": logits})))
+        assert agrees(verify(good_model, llama_processor, change(reference, {"forward4.logits": logits})))
         logits[row, 0, 3] += 0.01
-        assert failed(verify(sound_model, llama_processor, change(reference, {"forward4.logits": logits}))) == [
+        assert failed(verify(good_model, llama_processor, change(reference, {"forward4.logits": logits}))) == [
             "logits 4"
         ]
 
-    def test_misshapen_tensors_fail(self, sound_model, llama_processor, reference):
+    def test_tensors_of_another_shape_fail(self, good_model, llama_processor, reference):
         change(reference, {"davit": torch.zeros(7, 4, 96), "forward0.logits": torch.zeros(1, 3, 97)})
-        results = verify(sound_model, llama_processor, reference)
+        results = verify(good_model, llama_processor, reference)
         assert failed(results) == ["DaViT (relative)", "logits 0"]
-        assert results[2].note == "recorded as (2, 4, 96), the model gives (2, 9, 96)"
+        assert results[2].note == "recorded as (7, 4, 96), the model gives (7, 9, 96)"
 
-    @pytest.mark.parametrize(("key", "stage"), [("loss", "loss 0"), ("generated_ids", "greedy tokens")])
-    def test_other_numbers_fail(self, key, stage, sound_model, llama_processor, reference):
+    @pytest.mark.parametrize(("key", "check"), [("loss", "loss 0"), ("generated_ids", "greedy tokens")])
+    def test_other_values_fail(self, key, check, good_model, llama_processor, reference):
         forwards, generations = copy.deepcopy([LLAMA.reference["forwards"], LLAMA.reference["generations"]])
         if key == "loss":
             forwards[0]["loss"] += 0.01
         else:
             generations[1]["generated_ids"][-1] += 1
         change(reference, forwards=forwards, generations=generations)
-        assert failed(verify(sound_model, llama_processor, reference)) == [stage]
+        results = verify(good_model, llama_processor, reference)
+        assert failed(results) == [check]
+        if key == "generated_ids":
+            last = generations[1]["generated_ids"][-1]
+            assert results[-2].note.startswith(f"1 of {len(generations)} differ, first: answer 1, ")
+            assert results[-2].note.endswith(f"has [{last - 1}] instead of [{last}] at token 15")
 
     @pytest.mark.parametrize("tensors", [{"something": torch.zeros(2)}, {"image_feature": torch.zeros(7, 10, 8)}])
-    def test_nothing_that_can_be_compared(self, tensors, sound_model, llama_processor, tmp_path):
+    def test_nothing_to_compare(self, tensors, good_model, llama_processor, tmp_path):
         save_file(tensors, tmp_path / "reference.safetensors")
-        with pytest.raises(CheckpointError, match="records nothing that can be compared"):
-            verify(sound_model, llama_processor, tmp_path / "reference.safetensors")
+        with pytest.raises(CheckpointError, match="contains nothing to compare"):
+            verify(good_model, llama_processor, tmp_path / "reference.safetensors")
 
     @pytest.mark.parametrize(
         ("record", "message"),
         [
-            ({"images": ["alpha.png"]}, "disagree about the number of pictures"),
-            ({"images": ["../secret.png"] * 7}, "which is no file name; refused"),
+            ({"images": ["alpha.png"]}, "disagree about the number of images"),
+            ({"images": ["../secret.png"] * 7}, "which is not a file name; refused"),
             ({"images": 7}, "`images` of .* is not a list of file names"),
-            ({"forwards": [{"input_ids": [[1]]}]}, "`forwards` of .* not a list of entries that have rows, input_ids"),
+            ({"forwards": [{"input_ids": [[1]]}]}, "`forwards` of .* not a list of entries with input_ids, rows"),
         ],
     )
-    def test_senseless_record_is_an_error(self, record, message, sound_model, llama_processor, reference):
+    def test_invalid_record_is_an_error(self, record, message, good_model, llama_processor, reference):
         with pytest.raises(CheckpointError, match=message):
-            verify(sound_model, llama_processor, change(reference, **record))
+            verify(good_model, llama_processor, change(reference, **record))
 
-    def test_missing_or_damaged_file_is_one_line(self, folder, reference, capfd):
+    def test_missing_or_damaged_file_is_one_line(self, converted_llama, reference, capfd):
         reference.write_bytes(reference.read_bytes()[:-1000])
-        for path, message in (("nowhere.safetensors", "There is no reference"), (reference, "damaged or cut short")):
-            assert status("verify", folder, "--reference", path, "--device", "cpu") == 1
+        for path, message in (("nowhere.safetensors", "There is no reference"), (reference, "damaged or incomplete")):
+            assert status("verify", converted_llama, "--reference", path, "--device", "cpu") == 1
             error = capfd.readouterr().err.strip().split("\n")[-1]
             assert error.startswith("florence-vl: error: ") and message in error

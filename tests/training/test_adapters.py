@@ -21,9 +21,8 @@ from transformers import (
 )
 
 from florence_vl_hf import FlorenceVLForConditionalGeneration
-from florence_vl_hf.conversion import CheckpointError
+from florence_vl_hf.conversion import CheckpointError, load_original
 from florence_vl_hf.training.adapters import lora_config, lora_target_modules, merge_adapter, quantization_config
-from florence_vl_hf.training.base_model import load_original
 
 from ..conftest import FIXTURES, status, tiny_inputs, tiny_model
 

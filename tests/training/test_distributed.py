@@ -247,7 +247,7 @@ def test_recipe_trains_as_in_one_process(name: str, request: pytest.FixtureReque
     assert found["eval_number"] == expected["eval_number"] == 3
     assert found["eval_checksum"] == expected["eval_checksum"]
     for directory in (run.directory, tmp_path):
-        assert "| skipped | 1 broken samples" in (directory / "trained" / "README.md").read_text(encoding="utf-8")
+        assert "| skipped | 1 broken sample," in (directory / "trained" / "README.md").read_text(encoding="utf-8")
     trained = [load_file(directory / "trained" / "model.safetensors") for directory in (run.directory, tmp_path)]
     torch.testing.assert_close(*trained, rtol=1e-4, atol=1e-5)
 

@@ -17,10 +17,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from florence_vl_hf.conversion import convert
-from florence_vl_hf.conversion.hub import files_to_push
+from florence_vl_hf.hub import files_to_push
+from florence_vl_hf.model_cards import read_training
 from florence_vl_hf.processing import load_chat_template
 from florence_vl_hf.training import train
-from florence_vl_hf.training.model_card import TrainingFacts
 from florence_vl_hf.training.stages import part_of
 
 from ..conftest import FIXTURES, Golden, status
@@ -32,7 +32,6 @@ KILLED_WHILE_SAVING = """
 import io, os, signal, sys
 import torch, yaml
 from florence_vl_hf.training import train
-from florence_vl_hf.training.model_card import TrainingFacts
 
 save = torch.save
 
@@ -162,7 +161,7 @@ class TestLora:
         assert card.data.library_name == "peft"
         assert "| lora_r | 4 |" in card.text and "PeftModel.from_pretrained" in card.text
         assert "| optimizer | adamw_torch" in card.text
-        assert f"| all | {before_peft:,} parameters |" in card.text
+        assert f"| parameters | {before_peft:,}, without those of LoRA |" in card.text
 
     def test_merged_it_loads_without_peft(self, recipe, tmp_path):
         train(recipe | {"use_peft": True, "lora_r": 4, "eval_file": recipe["train_file"]})
@@ -172,19 +171,11 @@ class TestLora:
         assert card.data.library_name == "transformers" and "lora" not in card.data.tags
         assert "| lora_r | 4 |" in card.text and "PeftModel" not in card.text
         # The facts about its training come from the metadata of the adapter's card.
-        adapter_card = ModelCard.load(Path(recipe["output_dir"]) / "README.md")
-        facts = TrainingFacts.from_metadata(adapter_card.data.to_dict())
+        facts = read_training(Path(recipe["output_dir"]))
         assert facts is not None and facts.stage == "finetune" and facts.num_steps == 4
-        assert set(facts.trained_parameters) == {"language_model", "projector"}
-        assert f"| data | {facts.data_name}, 8 samples |" in card.text
+        assert set(facts.trained_parameters) == {"projector"} and facts.lora_parameters > 0
+        assert f"| data | {facts.dataset}, 8 samples |" in card.text
         assert f"| evaluation | {facts.evaluations['evaluation']['loss']:.4f} |" in card.text
-
-
-@pytest.mark.parametrize(
-    "metadata", [{}, {"florence_vl_training": "text"}, {"florence_vl_training": {"stage": "all"}}]
-)
-def test_facts_of_other_cards_are_ignored(metadata):
-    assert TrainingFacts.from_metadata(metadata) is None
 
 
 @pytest.mark.slow
@@ -264,7 +255,7 @@ class TestMistakes:
         assert "'sample-0'" in capsys.readouterr().err
         assert status("train", path) == 0
         assert "'sample-0'" in caplog.text and "Skipping a broken sample" in caplog.text
-        assert "| skipped | 1 broken samples" in (Path(recipe["output_dir"]) / "README.md").read_text()
+        assert "| skipped | 1 broken sample," in (Path(recipe["output_dir"]) / "README.md").read_text()
 
     @pytest.mark.parametrize(
         ("given", "message"),

@@ -1,24 +1,24 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Original checkpoints become folders that Transformers loads, and back; new models are put together from parts."""
+"""Original checkpoints: loaded, converted, exported, verified, and new models assembled from their parts."""
 
 from .assemble_florence_vl import assemble
-from .conversion_plan import ConversionPlan
-from .convert_florence_vl_to_hf import convert, plan_conversion
-from .errors import CheckpointError
+from .checkpoint_files import CheckpointError
+from .convert_florence_vl_to_hf import convert
 from .export_florence_vl_to_original import export
-from .hub import push
-from .remote_code import write_remote_code
+from .load_original import is_original, load_original, load_pretrained
+from .original_checkpoint import ConvertedCheckpoint, read_original
 from .verification import verify
 
 
 __all__ = [
     "CheckpointError",
-    "ConversionPlan",
+    "ConvertedCheckpoint",
     "assemble",
     "convert",
     "export",
-    "plan_conversion",
-    "push",
+    "is_original",
+    "load_original",
+    "load_pretrained",
+    "read_original",
     "verify",
-    "write_remote_code",
 ]

@@ -1,16 +1,16 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""The one table of tensor names, original beside converted. Nothing else knows how a tensor is called."""
+"""The one table of tensor names, original and converted."""
 
 import re
 from dataclasses import dataclass
 from functools import cached_property
 
 
-# Where the original keeps its Florence-2 among the language model's tensors, and where this package keeps it.
+# Prefix of the Florence-2's tensors in the original, and in this package.
 ORIGINAL_TOWER = "model.vision_tower.vision_tower."
 TOWER = "model.vision_tower."
 
-# What each `{field}` of a pattern stands for. A field is the same on both sides of a rule.
+# The regular expression of each `{field}` of a pattern. A field is the same on both sides of a rule.
 FIELDS = {
     "stage": r"\d+",
     "block": r"\d+",
@@ -28,20 +28,12 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class Rule:
-    """
-    One line of the table.
+    """One line of the table."""
 
-    Args:
-        original (`str`): Name in an original checkpoint, with `{fields}`.
-        converted (`str`, *optional*): Name in this package's layout; `None` for a tensor that is not used.
-        transposed (`bool`, *optional*): Whether each layout holds the other's transpose.
-        alias (`bool`, *optional*): Whether the original ties this name to another when it loads, and stores only that.
-    """
-
-    original: str
-    converted: str | None
-    transposed: bool = False
-    alias: bool = False
+    original: str  # with `{fields}`
+    converted: str | None  # `None` for a tensor that is not used
+    transposed: bool = False  # whether each layout holds the other's transpose
+    alias: bool = False  # whether the original ties this name to another when it loads, and stores only that
 
     @cached_property
     def original_regex(self) -> re.Pattern[str]:
@@ -62,13 +54,13 @@ class MappedName:
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
-    parts = re.split(r"\{(\w+)\}", pattern)  # text and fields by turns
+    parts = re.split(r"\{(\w+)\}", pattern)  # text and fields alternate
     return re.compile(
         "".join(f"(?P<{part}>{FIELDS[part]})" if i % 2 else re.escape(part) for i, part in enumerate(parts))
     )
 
 
-# Florence-2 in the layout of its first release, beside `FlorenceVLVisionTower`.
+# Florence-2 in the layout of its first release, and `FlorenceVLVisionTower`.
 TOWER_RULES = (
     Rule("vision_tower.convs.{stage}.proj.{leaf}", "backbone.convs.{stage}.conv.{leaf}"),
     Rule("vision_tower.convs.{stage}.norm.{leaf}", "backbone.convs.{stage}.norm.{leaf}"),
@@ -100,12 +92,12 @@ TOWER_RULES = (
         "vision_tower.blocks.{stage}.{block}.{half}.ffn.fn.net.{linear}.{leaf}",
         "backbone.blocks.{stage}.{block}.{half}.ffn.{linear}.{leaf}",
     ),
-    # A bare parameter, input x output, became a linear layer, output x input.
+    # A bare parameter, input x output, is a linear layer here, output x input.
     Rule("image_projection", "image_projector.image_projection.weight", transposed=True),
     Rule("image_proj_norm.{leaf}", "image_projector.image_proj_norm.{leaf}"),
     Rule("image_pos_embed.{axis}_embeddings.weight", "image_projector.image_position_embed.{axis}_embeddings.weight"),
     Rule("visual_temporal_embed.pos_idx_to_embed", "image_projector.visual_temporal_embed.pos_idx_to_embed"),
-    # The tied table of Florence-2's words, stored under one or more of four names: the first that is there counts.
+    # Florence-2's tied embedding table, stored under one or more of four names: the first that exists is used.
     Rule("language_model.model.shared.weight", "encoder.embed_tokens.weight"),
     Rule("language_model.model.encoder.embed_tokens.weight", "encoder.embed_tokens.weight", alias=True),
     Rule("language_model.model.decoder.embed_tokens.weight", "encoder.embed_tokens.weight", alias=True),
@@ -116,10 +108,10 @@ TOWER_RULES = (
     Rule("language_model.final_logits_bias", None),
 )
 
-# Names of the table of words among `TOWER_RULES`.
+# Names of that embedding table.
 TIED_WORDS = tuple(rule.original for rule in TOWER_RULES if rule.converted == "encoder.embed_tokens.weight")
 
-# What Transformers' own Florence-2 (such as `florence-community/Florence-2-large`) calls the parts of the tower.
+# Names of the tower's parts in Transformers' own Florence-2, such as `florence-community/Florence-2-large`.
 NATIVE_PARTS = {
     "backbone.": "model.vision_tower.",
     "image_projector.": "model.multi_modal_projector.",
@@ -132,7 +124,7 @@ def _native(converted: str) -> str:
     return NATIVE_PARTS[part] + converted.removeprefix(part)
 
 
-# Florence-2 in the layout of its first release, beside Transformers' own, which this package's tower is made of.
+# Florence-2 in the layout of its first release, and in Transformers' own, from which this package's tower is built.
 NATIVE_TOWER_RULES = (
     *(
         Rule(rule.original, _native(rule.converted), rule.transposed)
@@ -144,7 +136,7 @@ NATIVE_TOWER_RULES = (
     Rule("language_model.lm_head.weight", "lm_head.weight"),
 )
 
-# A whole original checkpoint beside `FlorenceVLForConditionalGeneration`.
+# A complete original checkpoint, and `FlorenceVLForConditionalGeneration`.
 MODEL_RULES = (
     Rule("model.mm_projector.encoder_mlp.0.{leaf}", "model.multi_modal_projector.layers.0.{leaf}"),
     Rule(
@@ -163,51 +155,32 @@ MODEL_RULES = (
 
 
 def to_converted(name: str) -> MappedName | None:
-    """This package's name for a tensor of an original checkpoint, or `None` if no rule knows it."""
-    rule, match = _rule_of_original(name, MODEL_RULES)
-    if rule is None:
-        return None
-    return MappedName(rule.converted and rule.converted.format(**match.groupdict()), rule.transposed, rule.alias)
+    """Return this package's name for a tensor of an original checkpoint, or `None` if no rule matches."""
+    for rule in MODEL_RULES:  # the first that matches
+        if match := rule.original_regex.fullmatch(name):
+            converted = rule.converted and rule.converted.format(**match.groupdict())
+            return MappedName(converted, rule.transposed, rule.alias)
+    return None
 
 
 def to_original(name: str) -> list[MappedName]:
-    """The original's names for a tensor of this package: more than one where the original ties tensors."""
+    """Return the original's names for a tensor of this package: several if the original ties tensors."""
     return _originals(name, MODEL_RULES)
 
 
 def to_first_release(name: str) -> MappedName | None:
-    """The name in Florence-2's first release of a tensor of Transformers' own Florence-2, or `None`."""
-    # Older saves, and saves of its base model, have no `model.` in front.
+    """Return the name in Florence-2's first release of a tensor of Transformers' own Florence-2, or `None`."""
+    # Older versions, and the base model alone, save names without `model.`.
     originals = _originals(name, NATIVE_TOWER_RULES) or _originals(f"model.{name}", NATIVE_TOWER_RULES)
     return originals[0] if originals else None
 
 
-def _rule_of_original(name: str, rules: tuple[Rule, ...]) -> tuple[Rule, re.Match[str]] | tuple[None, None]:
-    """The first rule that knows a name counts."""
-    return next(((rule, match) for rule in rules if (match := rule.original_regex.fullmatch(name))), (None, None))
-
-
 def _originals(name: str, rules: tuple[Rule, ...]) -> list[MappedName]:
     found = []
-    for rule in rules:
+    for i, rule in enumerate(rules):
         if rule.converted_regex is not None and (match := rule.converted_regex.fullmatch(name)):
             original = rule.original.format(**match.groupdict())
-            # Where an earlier rule knows that name, this one means others.
-            if _rule_of_original(original, rules)[0] is rule:
+            # An earlier rule for that name takes precedence.
+            if not any(earlier.original_regex.fullmatch(original) for earlier in rules[:i]):
                 found.append(MappedName(original, rule.transposed, rule.alias))
     return found
-
-
-__all__ = [
-    "MODEL_RULES",
-    "NATIVE_TOWER_RULES",
-    "ORIGINAL_TOWER",
-    "TIED_WORDS",
-    "TOWER",
-    "TOWER_RULES",
-    "MappedName",
-    "Rule",
-    "to_converted",
-    "to_first_release",
-    "to_original",
-]

@@ -1,96 +1,84 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Tokenizer and picture settings of an original checkpoint become a `FlorenceVLProcessor`."""
+"""Translation of an original checkpoint's tokenizer and image settings into a `FlorenceVLProcessor`."""
 
 import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlavaImageProcessorPil, PreTrainedTokenizerBase
 
-from ..processing import FlorenceVLProcessor, load_chat_template
-from .errors import CheckpointError
+from ..processing import IMAGE_TOKEN, FlorenceVLProcessor, load_chat_template
+from .checkpoint_files import CheckpointError, read_json
 from .original_config import TowerSettings
-from .stored_tensors import read_json
 
 
-IMAGE_TOKEN = "<image>"
-# The name of a row before that of `<image>` which the original's tokenizer does not name.
+# Speakers in the original's conversations, and roles of messages.
+LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+# Name of a row of the embedding table before that of `<image>` which the original's tokenizer does not name.
 UNUSED_ROW = "<|unused_row_{}|>"
-# Rows of the embedding table come in multiples of this, which matrix kernels like.
+# The vocabulary size is rounded up to a multiple of this, which matrix kernels prefer.
 ROW_MULTIPLE = 64
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
 
 
-def load_original_tokenizer(folder: Path, tokenizer_class: type = AutoTokenizer) -> PreTrainedTokenizerBase:
-    """
-    Load the tokenizer of an original checkpoint, of a language model or of a vision tower.
-
-    Args:
-        tokenizer_class (`type`, *optional*, defaults to `AutoTokenizer`): What loads it.
-
-    Raises:
-        CheckpointError: If the folder holds none, or a damaged one.
-    """
-    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+def load_original_tokenizer(
+    directory: Path, tokenizer_class: type[AutoTokenizer] | type[PreTrainedTokenizerBase] = AutoTokenizer
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of an original checkpoint, of a language model or of a vision tower."""
+    files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     if not any(file.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for file in files):
-        raise CheckpointError(
-            f"{folder} has no tokenizer.json and no tokenizer.model; fetch the tokenizer's files too."
-        )
+        raise CheckpointError(f"{directory} has no tokenizer.json and no tokenizer.model; download them too.")
     # Apart from the checkpoint's config.json, whose model type Transformers does not know, and without its code.
-    with tempfile.TemporaryDirectory() as apart:
+    with tempfile.TemporaryDirectory() as temporary:
         for file in files:
-            shutil.copy(file, apart)
-        settings_file = Path(apart) / "tokenizer_config.json"
+            shutil.copy(file, temporary)
+        settings_file = Path(temporary) / "tokenizer_config.json"
         settings = read_json(settings_file) if settings_file.exists() else {}
         settings.pop("auto_map", None)
         if settings.get("tokenizer_class") == "LlamaTokenizer":
-            # Parity: slow tokenizers of Transformers 4.43, which the original uses, take a missing `legacy` for true.
+            # Parity: in Transformers 4.43, which the original uses, `legacy` of slow tokenizers is true by default.
             settings.setdefault("legacy", True)
         settings_file.write_text(json.dumps(settings), encoding="utf-8")
         try:
-            # Training padded on the right; in a batch that generates, answers must start where prompts end.
-            tokenizer = tokenizer_class.from_pretrained(apart, padding_side="left")
+            # The original trains with padding on the right, but batched generation requires it on the left.
+            tokenizer = tokenizer_class.from_pretrained(temporary, padding_side="left")
         except Exception as error:
-            # Whatever the tokenizer libraries say of damaged files, in one of their many exceptions.
-            raise CheckpointError(f"The tokenizer in {folder} cannot be loaded ({error}); fetch it again.") from error
+            # The tokenizer libraries raise many exceptions for damaged files.
+            raise CheckpointError(
+                f"The tokenizer in {directory} cannot be loaded ({error}); download it again."
+            ) from error
     tokenizer.name_or_path = ""
     return tokenizer
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> tuple[int, int]:
     """
-    Give `<image>` a row of the embedding table that no text uses, and leave the id of every other token alone.
+    Give `<image>` a row of the embedding table that no text uses, without changing the id of any other token.
 
-    A row that the table has but the tokenizer does not name is taken, the last one; the rows before it get names that
-    no text contains. If every row has a name, new rows are added, up to a multiple of 64.
+    If the table has rows that the tokenizer does not name, `<image>` takes the last one, and the rows before it get
+    names that no text contains. Otherwise rows are added, up to a multiple of 64.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): Is given the token.
+        tokenizer (`PreTrainedTokenizerBase`): Gets the token.
         num_rows (`int`): Rows of the embedding table, `vocab_size` of the original's configuration.
 
     Returns:
-        `tuple[int, int]`: The id of `<image>`, and the number of rows with it.
+        `tuple[int, int]`: The id of `<image>`, and the new number of rows.
     """
     vocabulary = tokenizer.get_vocab()
     if IMAGE_TOKEN in vocabulary and vocabulary[IMAGE_TOKEN] < num_rows:
         return vocabulary[IMAGE_TOKEN], num_rows
-    first_free = max(vocabulary.values()) + 1
+    first_free = max(vocabulary.values(), default=-1) + 1
     if first_free > num_rows:
         raise CheckpointError(
-            f"The tokenizer names {first_free} tokens, but the language model has only {num_rows} rows; the two do "
-            f"not belong together."
+            f"The tokenizer has {first_free} tokens, but the language model's vocabulary size is only {num_rows}; use "
+            f"the tokenizer of this model."
         )
     image_token_id = first_free
     if first_free < num_rows:
@@ -100,11 +88,10 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> tuple[
     else:
         num_rows = -(-(num_rows + 1) // ROW_MULTIPLE) * ROW_MULTIPLE
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
-
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != image_token_id:
+    if (given := tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)) != image_token_id:
         raise CheckpointError(
-            f"{IMAGE_TOKEN} should have id {image_token_id}, but the tokenizer gave it "
-            f"{tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)}: its ids have gaps. Name the gaps in the tokenizer first."
+            f"{IMAGE_TOKEN} should have id {image_token_id}, but the tokenizer assigned {given}, since its ids have "
+            f"gaps; add tokens for the missing ids first."
         )
     return image_token_id, num_rows
 
@@ -116,24 +103,17 @@ def build_processor(
     do_pad: bool,
     chat_template: str,
 ) -> FlorenceVLProcessor:
-    """
-    Put a processor together from a tower's settings and a tokenizer that knows `<image>`.
-
-    Args:
-        do_pad (`bool`): Whether pictures are padded to squares, and not just resized.
-        chat_template (`str`): One of `CHAT_TEMPLATES`.
-    """
+    """Build a processor from a tower's image settings and a tokenizer that has `<image>`."""
     size = {"height": tower.image_size, "width": tower.image_size}
-    image_processor = LlavaImageProcessorPil(
-        do_pad=do_pad,
-        size=size,
-        crop_size=size,
-        do_center_crop=False,
-        image_mean=tower.image_mean,
-        image_std=tower.image_std,
-    )
     return FlorenceVLProcessor(
-        image_processor=image_processor,
+        image_processor=LlavaImageProcessorPil(
+            do_pad=do_pad,
+            size=size,
+            crop_size=size,
+            do_center_crop=False,
+            image_mean=tower.image_mean,
+            image_std=tower.image_std,
+        ),
         tokenizer=tokenizer,
         num_image_tokens=num_image_tokens,
         chat_template=load_chat_template(chat_template, tokenizer),
@@ -141,19 +121,9 @@ def build_processor(
     )
 
 
-def fitting_chat_template(original: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The conversation format that a checkpoint was finetuned on, told by its language model and its tokens."""
+def detect_chat_template(model_type: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the name of the chat template that an original was finetuned with, detected from its language model."""
     vocabulary = tokenizer.get_vocab()
-    if original["model_type"].startswith("llava_phi") or "<|user|>" in vocabulary:
+    if model_type.startswith("llava_phi") or "<|user|>" in vocabulary:
         return "phi3"
     return "llama3" if "<|start_header_id|>" in vocabulary else "vicuna"
-
-
-__all__ = [
-    "IMAGE_TOKEN",
-    "UNUSED_ROW",
-    "add_image_token",
-    "build_processor",
-    "fitting_chat_template",
-    "load_original_tokenizer",
-]

@@ -1,8 +1,15 @@
-# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License. You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
 """Configuration of Florence-VL. Every number that the model and the processor share is derived here."""
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, Florence2Config, PreTrainedConfig
@@ -140,9 +147,14 @@ class FlorenceVLConfig(PreTrainedConfig):
     image_size: int = 768
     image_feature_source: list[str] | tuple[str, ...] = ("spatial_avg_pool", "temporal_avg_pool")
     fusion_strategy: Literal["channel", "token", "average"] = "channel"
-    fusion_features: list[str] | tuple[str, ...] | None = None
-    prompts: dict[str, str] | None = None
-    prompt_token_ids: dict[str, list[int]] | None = None
+    if TYPE_CHECKING:  # after `__post_init__`, which replaces `None`
+        fusion_features: list[str]
+        prompts: dict[str, str]
+        prompt_token_ids: dict[str, list[int]]
+    else:
+        fusion_features: list[str] | tuple[str, ...] | None = None
+        prompts: dict[str, str] | None = None
+        prompt_token_ids: dict[str, list[int]] | None = None
     mask_prompt_padding: bool = False
     projector_depth: int = 3
     projector_hidden_act: str = "gelu"
@@ -156,11 +168,10 @@ class FlorenceVLConfig(PreTrainedConfig):
         if not isinstance(self.text_config, PreTrainedConfig):
             text_config = dict(LLAMA_3_1_8B if self.text_config is None else self.text_config)
             self.text_config = CONFIG_MAPPING[text_config.pop("model_type", "llama")](**text_config)
-        if self.prompts is None:
-            self.prompts = dict(DEFAULT_PROMPTS)
+        self.prompts = dict(DEFAULT_PROMPTS) if self.prompts is None else self.prompts
         self.prompt_token_ids = {**self._default_prompt_token_ids(), **(self.prompt_token_ids or {})}
-        if self.fusion_features is None:
-            self.fusion_features = [IMAGE_FEATURE, *self.prompts]
+        all_features = [IMAGE_FEATURE, *self.prompts]
+        self.fusion_features = all_features if self.fusion_features is None else self.fusion_features
         # Transformers reads this flag from the outer configuration only.
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
 

@@ -1,4 +1,11 @@
-# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License. You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
 """PyTorch Florence-VL model: a generative vision tower, depth-breadth fusion, a projector and a language model.
 
 Source: Chen et al., "Florence-VL: Enhancing Vision-Language Models with Generative Vision Encoder and Depth-Breadth
@@ -7,6 +14,7 @@ Fusion", CVPR 2025 (arXiv 2412.04424).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,6 +73,7 @@ class FlorenceVLImageFeaturesOutput(BaseModelOutputWithPooling):
         `(num_prompts, num_images, num_heads, sequence_length, sequence_length)`.
     """
 
+    pooler_output: Any = None
     features: dict[str, torch.Tensor] | None = None
     encoder_hidden_states: tuple[torch.Tensor, ...] | None = None
     encoder_attentions: tuple[torch.Tensor, ...] | None = None
@@ -225,9 +234,8 @@ class FlorenceVLVisionBlock(GradientCheckpointingLayer):
         return self.channel_block(self.spatial_block(hidden_states))
 
 
+@auto_docstring(custom_intro="DaViT, the image encoder of Florence-2.")
 class FlorenceVLVisionBackbone(Florence2VisionPreTrainedModel):
-    """DaViT, the image encoder of Florence-2."""
-
     _no_split_modules = ["FlorenceVLVisionBlock"]
     _can_record_outputs = {
         "hidden_states": FlorenceVLVisionBlock,
@@ -253,13 +261,18 @@ class FlorenceVLVisionBackbone(Florence2VisionPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
+    @auto_docstring
     def forward(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | BaseModelOutputWithPooling:
-        hidden_states = pixel_values.to(self.convs[0].conv.weight.dtype)
+        r"""
+        pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`):
+            Normalized images.
+        """
+        hidden_states = pixel_values.to(next(self.convs.parameters()).dtype)
         for conv, blocks in zip(self.convs, self.blocks, strict=True):
             hidden_states = conv(hidden_states)  # (num_images, channels, height, width)
-            for block in blocks:
+            for block in blocks.children():
                 hidden_states = block(hidden_states)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states)
 
@@ -270,7 +283,7 @@ class FlorenceVLImageProjection(Florence2MultiModalProjector):
     The layers are those of Florence-2; any choice and order of `image_feature_source` is supported.
     """
 
-    def __init__(self, config: Florence2Config, image_feature_source: list[str]) -> None:
+    def __init__(self, config: Florence2Config, image_feature_source: list[str] | tuple[str, ...]) -> None:
         super().__init__(config)
         self.image_feature_source = list(image_feature_source)
 
@@ -294,12 +307,11 @@ class FlorenceVLImageProjection(Florence2MultiModalProjector):
 class FlorenceVLPrompts(nn.Module):
     """Token ids of the prompts of the vision tower, padded to one length."""
 
-    def __init__(self, config: FlorenceVLConfig) -> None:
+    def __init__(self, config: FlorenceVLConfig, pad_token_id: int) -> None:
         super().__init__()
         self.names = config.fusion_prompts
         prompts = [config.prompt_token_ids[name] for name in self.names]
         length = max((len(prompt) for prompt in prompts), default=0)
-        pad_token_id = config.vision_config.text_config.pad_token_id
         self.token_ids = [prompt + [pad_token_id] * (length - len(prompt)) for prompt in prompts]
         # Parity: the original attends to the padding within its token ids. Padding that is added here is masked.
         self.masks = [
@@ -310,8 +322,8 @@ class FlorenceVLPrompts(nn.Module):
             for prompt in prompts
         ]
         self.is_masked = not all(all(mask) for mask in self.masks)
-        self.register_buffer("input_ids", torch.tensor(self.token_ids, dtype=torch.long), persistent=False)
-        self.register_buffer("attention_mask", torch.tensor(self.masks, dtype=torch.long), persistent=False)
+        self.input_ids = nn.Buffer(torch.tensor(self.token_ids, dtype=torch.long), persistent=False)
+        self.attention_mask = nn.Buffer(torch.tensor(self.masks, dtype=torch.long), persistent=False)
 
     def reset_buffers(self) -> None:
         """Fill the buffers, which no checkpoint stores, after the model was built on the meta device."""
@@ -328,19 +340,19 @@ class FlorenceVLVisionTower(Florence2PreTrainedModel):
 
     _no_split_modules = ["FlorenceVLImageProjection"]
     # Florence-2 ties its decoder, which is never built.
-    _tied_weights_keys = None
+    _tied_weights_keys = {}
 
     def __init__(self, config: FlorenceVLConfig) -> None:
         super().__init__(config.vision_config)
-        davit = config.vision_config.vision_config
+        davit, bart = config.vision_config.vision_config, config.vision_config.text_config
         self.image_shape = (davit.in_channels, config.image_size, config.image_size)
         self.backbone = FlorenceVLVisionBackbone(davit)
         self.image_projector = FlorenceVLImageProjection(config.vision_config, config.image_feature_source)
-        self.prompts = FlorenceVLPrompts(config)
-        self.encoder = BartEncoder(config.vision_config.text_config)
+        self.prompts = FlorenceVLPrompts(config, bart.pad_token_id)
+        self.encoder = BartEncoder(bart)
+        # FSDP refuses names of layers that do not exist: the decoder is never built.
+        self.encoder._no_split_modules = ["BartEncoderLayer"]
         self.post_init()
-        # FSDP refuses names of layers that do not exist, and the decoder is never built.
-        self._no_split_modules.discard("BartDecoderLayer")
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -351,8 +363,9 @@ class FlorenceVLVisionTower(Florence2PreTrainedModel):
         return self.encoder.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.encoder.embed_tokens = value
+        self.encoder.set_input_embeddings(value)
 
+    @auto_docstring
     def forward(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> FlorenceVLImageFeaturesOutput:
@@ -372,7 +385,8 @@ class FlorenceVLVisionTower(Florence2PreTrainedModel):
         features = {IMAGE_FEATURE: image_feature}
         encoder_hidden_states, encoder_attentions = None, None
 
-        num_images, num_feature_tokens, num_prompts = *image_feature.shape[:2], len(self.prompts.names)
+        num_images, num_feature_tokens, _ = image_feature.shape
+        num_prompts = len(self.prompts.names)
         if num_prompts > 0:
             # Every prompt with every image in one batch, the images of one prompt in a row.
             encoded = self.encoder(**self.prompted(image_feature), return_dict=True, **kwargs)
@@ -458,7 +472,7 @@ class FlorenceVLPreTrainedModel(PreTrainedModel):
     config: FlorenceVLConfig
     config_class = FlorenceVLConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = [CACHE]
 
@@ -493,9 +507,8 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         pixel_values (`torch.Tensor` of shape `(num_images, 3, image_size, image_size)`):
             Normalized images.
         """
-        for recorded in ("output_hidden_states", "output_attentions"):
-            kwargs.setdefault(recorded, getattr(self.config, recorded))
-
+        kwargs.setdefault("output_hidden_states", self.config.output_hidden_states)
+        kwargs.setdefault("output_attentions", self.config.output_attentions)
         tower_outputs = self.vision_tower(pixel_values, **kwargs)
         features = {name: tower_outputs.features[name] for name in self.config.fusion_features}
         fused = self.fusion(list(features.values()))  # (num_images, num_image_tokens, fused_hidden_size)
@@ -532,7 +545,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
 
     @can_return_tuple
     @auto_docstring
-    def forward(
+    def forward(  # type: ignore[misc]  # upstream's `TransformersKwargs` has `position_ids` too
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -561,7 +574,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         image_features = None
         if image_outputs is not None:
             # (num_images * num_image_tokens, text_hidden_size)
-            image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            image_features = torch.cat(image_outputs.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
             image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_features)
 
@@ -604,7 +617,7 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
 
     @can_return_tuple
     @auto_docstring
-    def forward(
+    def forward(  # type: ignore[misc]  # upstream's `TransformersKwargs` has `position_ids` too
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -665,10 +678,11 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         )
 
-    def _get_logits_processor(self, *args, device: torch.device | str | None = None, **kwargs) -> LogitsProcessorList:
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]  # upstream's type of `self`
         # Here and not in the generation config, which users replace: an image token without an image cannot be read.
-        processors = super()._get_logits_processor(*args, device=device, **kwargs)
-        processors.append(SuppressTokensLogitsProcessor([self.config.image_token_id], device=device or self.device))
+        device = str(kwargs.get("device") or self.device)
+        processors.append(SuppressTokensLogitsProcessor([self.config.image_token_id], device=device))
         return processors
 
 

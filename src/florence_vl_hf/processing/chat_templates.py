@@ -50,12 +50,11 @@ def _space_after(special_token: str, tokenizer: PreTrainedTokenizerBase, piece: 
     """Text to insert after a special token, so that `piece` after it has the same token ids as alone."""
     alone = tokenizer(piece, add_special_tokens=False).input_ids
     for candidate in ("", " "):
-        after_token = tokenizer(special_token + candidate + piece, add_special_tokens=False).input_ids[1:]
-        if after_token == alone:
+        if tokenizer(special_token + candidate + piece, add_special_tokens=False).input_ids[1:] == alone:
             return candidate
     raise ValueError(
-        f"{type(tokenizer).__name__} tokenizes text after {special_token!r} as {after_token}, but alone as {alone}, "
-        f"with and without a space between them; use a tokenizer that has {special_token!r} as one special token."
+        f"{type(tokenizer).__name__} tokenizes {piece!r} after {special_token!r} in another way than alone, with and "
+        f"without a space between them; use a tokenizer that has {special_token!r} as one special token."
     )
 
 

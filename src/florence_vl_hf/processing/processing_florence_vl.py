@@ -1,4 +1,11 @@
-# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License. You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on
+# an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
 """Processor of Florence-VL: images and text with image tokens become the inputs of the model."""
 
 from typing import Any
@@ -24,8 +31,8 @@ IMAGE_TOKEN = "<image>"
 class FlorenceVLProcessor(ProcessorMixin):
     def __init__(
         self,
-        image_processor: BaseImageProcessor | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        image_processor: BaseImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
         num_image_tokens: int = 577,
         chat_template: str | None = None,
         image_token: str = IMAGE_TOKEN,
@@ -46,7 +53,9 @@ class FlorenceVLProcessor(ProcessorMixin):
             )
         super().__init__(_on_pillow(image_processor), tokenizer, chat_template=chat_template)
 
-    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+    def apply_chat_template(  # type: ignore[override]  # the other arguments pass through
+        self, conversation: Any, chat_template: str | None = None, **kwargs: Any
+    ) -> Any:
         """As in Transformers; `chat_template` may also be the name of a template of this package, such as `plain`."""
         is_own = isinstance(self.chat_template, dict) and chat_template in self.chat_template
         # Text without a brace is a name: as a template it would be the whole prompt.
@@ -54,11 +63,14 @@ class FlorenceVLProcessor(ProcessorMixin):
             chat_template = load_chat_template(chat_template, self.tokenizer, self.image_token)
         return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
 
-    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+    def validate_inputs(  # type: ignore[override]  # the other arguments pass through
+        self, images: Any = None, text: Any = None, **kwargs: Any
+    ) -> None:
         """Check that there is one image token per image. The error lists the whole batch, which helps to find it."""
         if text is not None and all(isinstance(sample, str) for sample in text):
             num_tokens = [sample.count(self.image_token) for sample in text]
-            num_images = 0 if images is None else len(make_flat_list_of_images(images))
+            flat_images: Any = [] if images is None else make_flat_list_of_images(images)
+            num_images = len(flat_images)
             if sum(num_tokens) != num_images:
                 raise ValueError(
                     f"Got {num_images} images but {sum(num_tokens)} {self.image_token!r} tokens in the text "
@@ -81,7 +93,7 @@ class FlorenceVLProcessor(ProcessorMixin):
         )
 
 
-def _on_pillow(image_processor: BaseImageProcessor | None) -> BaseImageProcessor | None:
+def _on_pillow(image_processor: BaseImageProcessor) -> BaseImageProcessor:
     """Replace an image processor by its Pillow version: where torchvision is installed, resized pixels differ."""
     pillow_class = getattr(transformers, f"{type(image_processor).__name__}Pil", None)
     return image_processor if pillow_class is None else pillow_class(**image_processor.to_dict())

@@ -6,24 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..conversion import CheckpointError
-
-# TEMP: from ..conversion.checkpoint_files import CHECKPOINT_FILES, output_directory, read_json, resolve_checkpoint
-from ..conversion.convert_florence_vl_to_hf import CHECKPOINT_FILES
-from ..conversion.convert_florence_vl_to_hf import resolve_folder as resolve_checkpoint
-from ..conversion.output_folder import folder_in_place_when_complete as output_directory
-from ..conversion.stored_tensors import read_json
-from ..model_cards import CARD_FILE, is_plain, public_name, write_card
+from ..conversion import CheckpointError, is_original, load_original
+from ..conversion.checkpoint_files import CHECKPOINT_FILES, output_directory, read_json, resolve_checkpoint
+from ..model_cards import CARD_FILE, MergedCard, read_metadata, read_training, write_card
 from ..modeling import FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
-from .base_model import check_model_type, is_original, load_original
-from .model_card import TrainingFacts
+from .base_model import check_model_type
 
 
 logger = logging.get_logger(__name__)
@@ -35,7 +28,7 @@ NOT_QUANTIZED = ("lm_head", "vision_tower", PROJECTOR, "model.vision_tower", f"m
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-FILES = [*CHECKPOINT_FILES, "*.jinja", CARD_FILE]
+FILES = (*CHECKPOINT_FILES, "*.jinja", CARD_FILE)
 
 
 def lora_target_modules(model: nn.Module) -> str:
@@ -129,7 +122,7 @@ def merge_adapter(
     output: str | Path,
     base: str | Path | None = None,
     dtype: torch.dtype | None = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = "1GB",
 ) -> FlorenceVLForConditionalGeneration:
     """
     Merge a LoRA adapter into its base model, and save the model.
@@ -141,7 +134,7 @@ def merge_adapter(
         base (`str` or `Path`, *optional*): Directory or Hub id of the base model, not quantized. By default, the one
             in `adapter_config.json`.
         dtype (`torch.dtype`, *optional*): dtype of the model. By default, as in the base model.
-        max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): Maximum size of a file of weights.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"1GB"`): Maximum size of a file of weights.
 
     Returns:
         `FlorenceVLForConditionalGeneration`: The merged model.
@@ -162,27 +155,20 @@ def merge_adapter(
         merged.save_pretrained(directory, max_shard_size=max_shard_size)
         if (adapter_directory / "processor_config.json").is_file():
             processor = FlorenceVLProcessor.from_pretrained(adapter_directory)
-        processor = processor or FlorenceVLProcessor.from_pretrained(base_directory)
+        elif processor is None:
+            processor = FlorenceVLProcessor.from_pretrained(base_directory)
         processor.save_pretrained(directory)
-        card = adapter_directory / CARD_FILE
-        metadata = ModelCard.load(card).data.to_dict() if card.is_file() else {}
-        write_card(
-            directory,
-            "merged.md.jinja",
-            ModelCardData(
-                pipeline_tag="image-text-to-text",
-                library_name="transformers",
-                tags=["florence-vl", "florence2"],
-                **{name: metadata[name] for name in ("license", "language", "datasets") if name in metadata},
-            ),
+        card = MergedCard(
             name=Path(output).name,
-            base_name=public_name(base or str(config.base_model_name_or_path)),
-            adapter_name=public_name(adapter),
             config=merged.config,
-            is_plain=is_plain(processor),
-            image_token=processor.image_token,
-            training=TrainingFacts.from_metadata(metadata),
+            processor=processor,
+            base=base or str(config.base_model_name_or_path),
+            adapter=adapter,
+            num_parameters=merged.num_parameters(),
+            training=read_training(adapter_directory),
+            adapter_metadata=read_metadata(adapter_directory),
         )
+        write_card(directory, card)
     return merged
 
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypedDict
 from PIL import Image
 from transformers.image_utils import load_image
 
-from ..conversion.original_processor import IMAGE_TOKEN
-from ..conversion.verification import ROLES as LLAVA_ROLES
+from ..conversion.original_processor import LLAVA_ROLES
+from ..processing import IMAGE_TOKEN
 
 
 ROLES = tuple(LLAVA_ROLES.values())

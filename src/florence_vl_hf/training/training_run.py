@@ -12,18 +12,19 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import set_seed
 from transformers.utils import logging
 
+from ..conversion import load_pretrained
 from ..modeling import FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
 from .adapters import lora_config, quantization_config
 from .arguments import DataArguments, FlorenceVLTrainingArguments, ModelArguments, parse_recipe
-from .base_model import check_model_type, load_pretrained
+from .base_model import check_model_type
 from .checkpoints import last_complete_checkpoint
 from .collator import FlorenceVLCollator
 from .data_loading import load_conversations, with_lengths
-from .model_card import write_training_card
 from .samples import SampleError
 from .stages import STAGES, log_trained, set_trainable
 from .trainer import AnswerMetric, FlorenceVLTrainer, exact_match
+from .training_card import write_training_card
 
 
 logger = logging.get_logger(__name__)
@@ -134,7 +135,9 @@ def load_model(
     """Load the model, whose stage's parts are trained, with LoRA if requested, and its processor."""
     dtype = getattr(torch, model_arguments.dtype)
     num_bits = model_arguments.num_bits
-    quantization = {} if num_bits is None else {"quantization_config": quantization_config(num_bits, dtype)}
+    quantization: dict[str, Any] = {}
+    if num_bits is not None:
+        quantization["quantization_config"] = quantization_config(num_bits, dtype)
     (model, loading), processor = load_pretrained(
         model_arguments.model_name_or_path,
         chat_template=data_arguments.chat_template,

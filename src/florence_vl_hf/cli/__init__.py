@@ -1,0 +1,62 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command `florence-vl`. Commands import torch and the rooms they use when they run: that takes seconds."""
+
+import sys
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+
+from .chat import chat
+from .convert import assemble, convert, export, verify
+from .hub import push
+from .train import check_data, merge, plan_memory, train
+
+
+app = typer.Typer(
+    name="florence-vl",
+    help="Florence-VL for Hugging Face Transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (convert, export, assemble, verify, check_data, train, plan_memory, merge, chat, push):
+    app.command()(command)
+
+# Their messages say what is wrong; other types need their name to be understood.
+CLEAR_ERRORS = (ImportError, OSError, RuntimeError, ValueError)
+
+
+def _print_versions(is_requested: bool) -> None:
+    if is_requested:
+        typer.echo("\n".join(f"{name} {version(name)}" for name in ("florence_vl_hf", "transformers", "torch")))
+        raise typer.Exit()
+
+
+@app.callback()
+def set_options(
+    context: typer.Context,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_versions, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    context.obj["traceback"] = traceback
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command. An error is printed in one line, and the exit code is not 0."""
+    options: dict[str, Any] = {"traceback": False}
+    try:
+        app(args=arguments, prog_name="florence-vl", obj=options)
+    except Exception as error:
+        if options["traceback"]:
+            raise
+        message = " ".join(str(error).split())
+        if not message or not isinstance(error, CLEAR_ERRORS):
+            message = f"{type(error).__name__}: {message}".removesuffix(": ")
+        typer.echo(f"florence-vl: error: {message}", err=True)
+        sys.exit(1)
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,6 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+from . import main
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+"""Command of `hub`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def push(
+    directory: Annotated[Path, typer.Argument(metavar="MODEL", help="Directory of a converted or trained model.")],
+    repository: Annotated[str, typer.Argument(help="Repository, as user/name. It is created if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Require a private repository.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the files, but upload nothing.")] = False,
+) -> None:
+    """Upload a complete model to the Hub, without other files of its directory."""
+    from ..hub import push as push_model
+
+    files = push_model(directory, repository, private=private, dry_run=dry_run)
+    for name, size in files.items():
+        typer.echo(f"{size:>15,}  {name}")
+    total = f"{len(files)} files, {sum(files.values()):,} bytes"
+    if dry_run:
+        typer.echo(f"{total} would be uploaded to {repository}. Nothing was uploaded.")
+    else:
+        typer.echo(f"Uploaded {total} to https://huggingface.co/{repository}.")

@@ -1,0 +1,147 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+"""Loading of original checkpoints without converting them to files first."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.utils import find_adapter_config_file, logging
+
+from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
+from ..processing import FlorenceVLProcessor, load_chat_template
+from .checkpoint_files import CheckpointError, read_json, resolve_checkpoint
+from .convert_florence_vl_to_hf import TOWER_CONFIG_FILES
+from .original_checkpoint import read_original
+from .original_config import TEXT_MODEL_TYPES, describe_assumption, own_fields
+
+
+logger = logging.get_logger(__name__)
+
+# Arguments of `from_pretrained` that concern the download from the Hub.
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+
+
+def is_original(path_or_id: str | Path, **hub_kwargs: Any) -> bool:
+    """Whether the `config.json` of a directory or Hub repository has the model type of an original checkpoint."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(path_or_id, **hub_kwargs)
+    except (OSError, ValueError):
+        return False  # What loads the checkpoint says what is wrong with it.
+    return config.get("model_type") in TEXT_MODEL_TYPES
+
+
+def load_original(
+    path_or_id: str | Path,
+    *,
+    vision_tower: str | Path | None = None,
+    image_feature_source: list[str] | None = None,
+    chat_template: str | None = None,
+    base: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    device_map: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, FlorenceVLProcessor]:
+    """
+    Load an original checkpoint, with the same result as if it was converted first.
+
+    Args:
+        path_or_id (`str` or `Path`): Directory or Hub id of the original checkpoint.
+        vision_tower (`str` or `Path`, *optional*): Directory or Hub id of a Florence-2, if the checkpoint has none.
+        image_feature_source (`list[str]`, *optional*): Overrides the tower's configuration.
+        chat_template (`str`, *optional*): One of `CHAT_TEMPLATES`. By default, detected from the language model.
+        base (`str` or `Path`, *optional*): Base model of an adapter, as in `convert`.
+        dtype, attn_implementation, device_map: As in `from_pretrained`.
+        kwargs: Fields of `FlorenceVLConfig` that override the checkpoint's, and arguments of `from_pretrained`.
+
+    Returns:
+        `tuple`: What `FlorenceVLForConditionalGeneration.from_pretrained` returns, and the processor.
+
+    Raises:
+        CheckpointError: If anything is missing, unexpected, misshapen or damaged.
+    """
+    hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+    checkpoint = read_original(
+        resolve_checkpoint(path_or_id, **hub_kwargs),
+        base=None if base is None else resolve_checkpoint(base),
+        vision_tower=None if vision_tower is None else resolve_checkpoint(vision_tower, TOWER_CONFIG_FILES),
+        image_feature_source=image_feature_source,
+        chat_template=chat_template,
+    )
+    for assumption in checkpoint.assumptions:
+        logger.warning_once(describe_assumption(assumption))
+    config = kwargs.pop("config", None) or _with_overrides(checkpoint.config, _pop_config_fields(kwargs))
+    loaded = FlorenceVLForConditionalGeneration.from_pretrained(
+        None,
+        config=config,
+        # Views of the mapped files, which are read one by one while the model takes them over.
+        state_dict={name: tensor.load().contiguous() for name, tensor in checkpoint.tensors.items()},
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        device_map=device_map,
+        **kwargs,
+    )
+    model = _model_of(loaded)
+    model.generation_config = checkpoint.generation_config
+    # PEFT reads the model's attribute, others the configuration's.
+    model.name_or_path = model.config.name_or_path = str(path_or_id)
+    checkpoint.processor.num_image_tokens = model.config.num_image_tokens
+    return loaded, checkpoint.processor
+
+
+def load_pretrained(
+    path_or_id: str | Path,
+    *,
+    vision_tower: str | Path | None = None,
+    image_feature_source: list[str] | None = None,
+    chat_template: str | None = None,
+    **kwargs: Any,
+) -> tuple[Any, FlorenceVLProcessor]:
+    """
+    Load a model and its processor from an original checkpoint, from one in this package's layout, or from an adapter
+    that PEFT saved for either.
+
+    Arguments and return values are those of `load_original`.
+    """
+    of_original: dict[str, Any] = {
+        "vision_tower": vision_tower,
+        "image_feature_source": image_feature_source,
+        "chat_template": chat_template,
+    }
+    hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    if is_original(path_or_id, **hub_kwargs):
+        return load_original(path_or_id, **of_original, **kwargs)
+    adapter_config = find_adapter_config_file(str(path_or_id), **hub_kwargs)
+    base = adapter_config and read_json(Path(adapter_config)).get("base_model_name_or_path")
+    if base and is_original(base):
+        loaded, _ = load_original(base, **of_original, **kwargs)
+        _model_of(loaded).load_adapter(str(path_or_id))
+    else:
+        if vision_tower is not None:
+            raise CheckpointError(f"{path_or_id} is not an original checkpoint and has a vision tower; omit this one.")
+        overrides = _pop_config_fields(kwargs)
+        if image_feature_source is not None:
+            overrides["image_feature_source"] = image_feature_source
+        if overrides:
+            kwargs["config"] = _with_overrides(FlorenceVLConfig.from_pretrained(path_or_id, **hub_kwargs), overrides)
+        loaded = FlorenceVLForConditionalGeneration.from_pretrained(path_or_id, **kwargs)
+    processor = FlorenceVLProcessor.from_pretrained(path_or_id, **hub_kwargs)
+    processor.num_image_tokens = _model_of(loaded).config.num_image_tokens
+    if chat_template is not None:
+        processor.chat_template = load_chat_template(chat_template, processor.tokenizer, processor.image_token)
+    return loaded, processor
+
+
+def _model_of(loaded: Any) -> FlorenceVLForConditionalGeneration:
+    """`from_pretrained` returns a pair with `output_loading_info=True`."""
+    return loaded[0] if isinstance(loaded, tuple) else loaded
+
+
+def _pop_config_fields(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: kwargs.pop(name) for name in own_fields(FlorenceVLConfig) if name in kwargs}
+
+
+def _with_overrides(config: FlorenceVLConfig, overrides: dict[str, Any]) -> FlorenceVLConfig:
+    # Built anew, since fields are checked and derived from each other.
+    return FlorenceVLConfig.from_dict(config.to_dict() | overrides) if overrides else config

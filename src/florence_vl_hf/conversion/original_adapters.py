@@ -1,0 +1,134 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+"""Adapters of the original, merged into a base: a projector alone (pretraining), or LoRA with a projector."""
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint_files import CheckpointError, LazyTensor, read_json, read_tensor_file
+from .key_mapping import to_converted
+
+
+# Files of tensors that replace the base's: of a projector-only checkpoint, and of a LoRA one.
+REPLACEMENT_FILES = ("mm_projector.bin", "non_lora_trainables.bin")
+LORA_CONFIG = "adapter_config.json"
+LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# What PEFT puts before the names of a model that it wraps.
+PEFT_PREFIX = "base_model.model."
+# Settings of PEFT without which LoRA cannot be merged by adding a product of two matrices.
+SUPPORTED_LORA = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False}
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds an adapter of the original."""
+    return any((directory / name).is_file() for name in (*REPLACEMENT_FILES, LORA_CONFIG))
+
+
+def apply_adapter(tensors: dict[str, LazyTensor], directory: Path) -> dict[str, LazyTensor]:
+    """
+    Merge an adapter into the tensors of its base.
+
+    Args:
+        tensors (`dict[str, LazyTensor]`): The base's tensors by converted name.
+        directory (`Path`): Directory of the adapter.
+
+    Returns:
+        `dict[str, LazyTensor]`: The tensors of the merged model, with the base's shapes and dtypes.
+
+    Raises:
+        CheckpointError: If the adapter does not match the base, or is a kind of LoRA that cannot be merged.
+    """
+    merged = tensors | _replacements(tensors, directory)
+    for name, (down, up, scaling) in _lora_matrices(directory).items():
+        base = _find_base(tensors, name, up)
+        if (up.shape[0], down.shape[1]) != base.shape or up.shape[1] != down.shape[0]:
+            raise CheckpointError(
+                f"{up} and {down} have shapes {up.shape} and {down.shape}, but the base's weight has {base.shape}; "
+                f"this adapter is of another model."
+            )
+        merged[name] = _with_lora(merged[name], down, up, scaling)
+    return merged
+
+
+def _with_lora(base: LazyTensor, down: LazyTensor, up: LazyTensor, scaling: float) -> LazyTensor:
+    def load() -> torch.Tensor:
+        weight = base.load()
+        return (weight.float() + scaling * (up.load().float() @ down.load().float())).to(weight.dtype)
+
+    return replace(base, load=load, load_rows=None)
+
+
+def _replacements(tensors: dict[str, LazyTensor], directory: Path) -> dict[str, LazyTensor]:
+    """Tensors that replace the base's, by converted name."""
+    replacements = {}
+    for path in (directory / name for name in REPLACEMENT_FILES if (directory / name).is_file()):
+        for stored_name, tensor in read_tensor_file(path).items():
+            name = stored_name.removeprefix(PEFT_PREFIX)
+            # Projector files are saved with and without the model's prefix.
+            mapped = to_converted(name) or to_converted(f"model.{name}")
+            if mapped is None:
+                raise CheckpointError(f"{tensor} is not a tensor of a Florence-VL; this adapter is of another model.")
+            if mapped.name is None:
+                continue
+            base = _find_base(tensors, mapped.name, tensor)
+            tensor = tensor.transposed() if mapped.transposed else tensor
+            if tensor.shape != base.shape:
+                raise CheckpointError(
+                    f"{tensor} has shape {tensor.shape}, but the base has {base.shape} there; this adapter is of "
+                    f"another model."
+                )
+            replacements[mapped.name] = tensor.to(base.dtype)
+    return replacements
+
+
+def _find_base(tensors: dict[str, LazyTensor], name: str, tensor: LazyTensor) -> LazyTensor:
+    if name not in tensors:
+        raise CheckpointError(f"{tensor} changes {name}, which the base lacks; this adapter is of another model.")
+    return tensors[name]
+
+
+def _lora_matrices(directory: Path) -> dict[str, tuple[LazyTensor, LazyTensor, float]]:
+    """Down matrix `(rank, in)`, up matrix `(out, rank)` and scaling, by converted name of the weight they change."""
+    if not (directory / LORA_CONFIG).is_file():
+        return {}
+    config = read_json(directory / LORA_CONFIG)
+    for field, value in SUPPORTED_LORA.items():
+        if (config.get(field) or value) != value:
+            raise CheckpointError(
+                f"{directory / LORA_CONFIG} has {field} {config[field]!r}, expected {value!r}; merge it with PEFT in "
+                f"the original's environment, and convert the result."
+            )
+    path = next((directory / name for name in LORA_FILES if (directory / name).is_file()), None)
+    if path is None:
+        raise CheckpointError(f"{directory} has {LORA_CONFIG} but none of {', '.join(LORA_FILES)}; download it.")
+
+    pairs: dict[str, dict[str, LazyTensor]] = {}
+    for stored_name, tensor in read_tensor_file(path).items():
+        match = re.fullmatch(re.escape(PEFT_PREFIX) + r"(.+)\.lora_(A|B)(?:\.default)?\.weight", stored_name)
+        if match is None or to_converted(f"{match[1]}.weight") is None:
+            raise CheckpointError(f"{tensor} is not LoRA of a weight of a Florence-VL; it cannot be merged.")
+        pairs.setdefault(match[1], {})[match[2]] = tensor
+    matrices = {}
+    for module, pair in pairs.items():
+        if len(pair) != 2:
+            raise CheckpointError(f"{path.name} has only one of lora_A and lora_B for {module}; download it again.")
+        mapped = to_converted(f"{module}.weight")
+        # PEFT matches layers by suffix, so it wraps Florence-2's decoder as well, which this package does not build.
+        if mapped is not None and mapped.name is not None:
+            scaling = _scaling(config, module, rank=pair["A"].shape[0])
+            matrices[mapped.name] = (pair["A"], pair["B"], scaling)
+    return matrices
+
+
+def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
+    patterns = config.get("alpha_pattern") or {}
+    # Parity: PEFT matches patterns with the end of a module's name (`get_pattern_key`).
+    pattern = next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), None)
+    alpha = config.get("lora_alpha") if pattern is None else patterns[pattern]
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise CheckpointError(f"{LORA_CONFIG} has lora_alpha {alpha!r} for {module}, expected a number.")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

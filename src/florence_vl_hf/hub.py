@@ -1,0 +1,179 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+"""Upload of complete models to the Hub."""
+
+import glob
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.utils import validate_repo_id
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import logging
+
+from .conversion.checkpoint_files import CheckpointError, read_json, read_tensors
+from .conversion.original_checkpoint import tensor_shapes
+from .conversion.original_processor import TOKENIZER_FILES
+from .model_cards import CARD_FILE, SavedCard, read_metadata, write_card
+from .modeling import FlorenceVLConfig
+from .modeling.configuration_florence_vl import AUTO_MAP
+from .processing import FlorenceVLProcessor
+
+
+logger = logging.get_logger(__name__)
+
+# Files of a model beside its weights, code and card. Nothing else is uploaded: no optimizer states, no logs.
+KNOWN_FILES = (
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    *TOKENIZER_FILES,
+    "LICENSE*",
+    "NOTICE*",
+)
+WEIGHTS_INDEX = "model.safetensors.index.json"
+# Entries of `auto_map` that each file must have.
+AUTO_CLASSES = {"config.json": tuple(AUTO_MAP), "processor_config.json": ("AutoProcessor",)}
+
+
+def push(directory: str | Path, repo_id: str, private: bool = False, dry_run: bool = False) -> dict[str, int]:
+    """
+    Upload a model that was converted, trained or saved. A missing model card is written to its directory first.
+
+    Args:
+        directory (`str` or `Path`): Directory of the model.
+        repo_id (`str`): `user/name` on the Hub. The repository is created if it does not exist.
+        private (`bool`, *optional*, defaults to `False`): Whether the repository must be private.
+        dry_run (`bool`, *optional*, defaults to `False`): Whether to check everything but upload nothing.
+
+    Returns:
+        `dict[str, int]`: The uploaded files and their sizes in bytes.
+
+    Raises:
+        CheckpointError: If the model is incomplete. Nothing is uploaded then.
+        ValueError: If `repo_id` is invalid, no token is set, or a private model would become public.
+    """
+    directory = Path(directory)
+    validate_repo_id(repo_id)
+    if repo_id.count("/") != 1:
+        raise ValueError(f"{repo_id!r} is not the id of a repository; give it as user/name.")
+    files = files_to_push(directory, repo_id)
+    if dry_run:
+        return files
+    if get_token() is None:
+        raise ValueError("There is no token for the Hub; run `hf auth login`, or set HF_TOKEN.")
+    api = HfApi(library_name="florence_vl_hf")
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    # `create_repo` does not change a repository that exists.
+    if private and not api.model_info(repo_id).private:
+        raise ValueError(f"{repo_id} exists and is public; make it private first, or push without --private.")
+    api.upload_folder(
+        repo_id=repo_id,
+        folder_path=directory,
+        allow_patterns=[glob.escape(name) for name in files],
+        commit_message="Upload Florence-VL",
+    )
+    return files
+
+
+def files_to_push(directory: Path, name: str | None = None) -> dict[str, int]:
+    """
+    Check that a directory contains a complete model, write its card if there is none, and list its files.
+
+    Args:
+        directory (`Path`): Directory of the model.
+        name (`str`, *optional*): Name of the model in its card. By default, the directory's.
+
+    Returns:
+        `dict[str, int]`: Paths within the directory, and sizes in bytes.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged, or files do not match.
+    """
+    model_type = read_json(directory / "config.json").get("model_type")
+    if model_type != FlorenceVLConfig.model_type:
+        raise CheckpointError(
+            f"{directory} has model type {model_type!r}, expected {FlorenceVLConfig.model_type!r}; convert it first."
+        )
+    config = FlorenceVLConfig.from_pretrained(directory)
+    processor = _load_processor(directory, config)
+    files = {CARD_FILE, *_weight_files(directory, config), *_code_files(directory)}
+    _ensure_card(directory, SavedCard(name=name or directory.resolve().name, config=config, processor=processor))
+    files |= {
+        path.relative_to(directory).as_posix()
+        for pattern in KNOWN_FILES
+        for path in directory.glob(pattern)
+        if path.is_file()
+    }
+    return {file: (directory / file).stat().st_size for file in sorted(files)}
+
+
+def _load_processor(directory: Path, config: FlorenceVLConfig) -> FlorenceVLProcessor:
+    read_json(directory / "processor_config.json")  # names the file if it is missing
+    try:
+        processor = FlorenceVLProcessor.from_pretrained(directory)
+    except Exception as error:  # tokenizers and image processors raise many types
+        raise CheckpointError(
+            f"The processor in {directory} cannot be loaded ({error}); save it there again."
+        ) from error
+    given = (processor.num_image_tokens, processor.image_token_id)
+    expected = (config.num_image_tokens, config.image_token_id)
+    if given != expected:
+        raise CheckpointError(
+            f"The processor in {directory} turns an image into {given[0]} tokens of id {given[1]}, but the model "
+            f"expects {expected[0]} of id {expected[1]}; save the processor of this model."
+        )
+    return processor
+
+
+def _weight_files(directory: Path, config: FlorenceVLConfig) -> set[str]:
+    tensors = read_tensors(directory)
+    files = {tensor.file.name for tensor in tensors.values()}
+    if not files or any(Path(file).suffix != ".safetensors" for file in files):
+        raise CheckpointError(
+            f"{directory} has no complete model.safetensors, in one file or in shards; save the model there with "
+            f"`save_pretrained`."
+        )
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if missing := set(tensor_shapes(config)) - set(tensors) - tied:
+        raise CheckpointError(
+            f"The weights in {directory} lack {len(missing)} tensors of the model, such as {min(missing)}; save the "
+            f"model again."
+        )
+    return files | ({WEIGHTS_INDEX} if (directory / WEIGHTS_INDEX).is_file() else set())
+
+
+def _code_files(directory: Path) -> set[str]:
+    missing = []
+    for file, names in AUTO_CLASSES.items():
+        auto_map = read_json(directory / file).get("auto_map") or {}
+        if any(auto_map.get(name) != AUTO_MAP[name] for name in names):
+            missing.append(f"`auto_map` in {file}")
+    modules = {directory / f"{reference.partition('.')[0]}.py" for reference in AUTO_MAP.values()}
+    try:
+        modules |= {Path(imported) for module in sorted(modules) for imported in get_relative_import_files(module)}
+    except FileNotFoundError as error:
+        missing.append(Path(error.filename).name)
+    if missing:
+        raise CheckpointError(
+            f"{directory} does not load where this package is not installed: it lacks {' and '.join(missing)}. Load "
+            f"and save the model and the processor again: `save_pretrained` writes both."
+        )
+    return {module.name for module in modules}
+
+
+def _ensure_card(directory: Path, card: SavedCard) -> None:
+    try:
+        metadata = read_metadata(directory)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    path = directory / CARD_FILE
+    if path.is_file() and not metadata:
+        raise CheckpointError(f"{path} has no metadata; add it, or remove the file to get a generated card.")
+    if not path.is_file():
+        write_card(directory, card)
+        logger.warning(f"Wrote {path}, since the model had no card; add what it was trained on, and its licence.")
+
+
+__all__ = ["files_to_push", "push"]

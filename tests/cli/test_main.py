@@ -1,0 +1,100 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+"""What all commands have in common: help, versions, errors and exit codes."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import typer
+
+import florence_vl_hf
+from florence_vl_hf import cli
+
+from ..conftest import status
+
+
+COMMANDS = [
+    "assemble",
+    "chat",
+    "check-data",
+    "convert",
+    "export",
+    "merge",
+    "plan-memory",
+    "push",
+    "train",
+    "verify",
+]
+# The room of the command line alone: the package itself imports torch, to register its classes.
+WITHOUT_PACKAGE = """
+import sys, types
+package = types.ModuleType("florence_vl_hf")
+package.__path__ = [{path!r}]
+sys.modules["florence_vl_hf"] = package
+from florence_vl_hf.cli import main
+try:
+    main({arguments!r})
+except SystemExit as exit_:
+    assert exit_.code == 0
+heavy = {{"torch", "transformers", "huggingface_hub", "numpy", "PIL"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["chat", "--help"]])
+def test_help_and_version_import_neither_torch_nor_transformers(arguments):
+    script = WITHOUT_PACKAGE.format(path=str(Path(florence_vl_hf.__file__).parent), arguments=arguments)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+def test_help_lists_every_command(capfd):
+    assert status("--help") == 0
+    listed = capfd.readouterr().out
+    assert [command for command in COMMANDS if command not in listed] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_documented(command):
+    options = typer.main.get_command(cli.app).commands[command].params
+    assert [option.name for option in options if not option.help] == []
+
+
+def test_version(capfd):
+    assert status("--version") == 0
+    lines = [f"{name} {version(name)}" for name in ("florence_vl_hf", "transformers", "torch")]
+    assert capfd.readouterr().out.split("\n")[:-1] == lines
+
+
+class TestErrors:
+    def test_traceback_on_demand(self, tmp_path):
+        with pytest.raises(ValueError, match="neither a"):
+            cli.main(["--traceback", "convert", "nowhere", str(tmp_path / "out")])
+
+    def test_traceback_is_an_option_and_not_any_argument(self, tmp_path, capfd):
+        assert status("convert", "nowhere", tmp_path / "out", "--chat-template", "--traceback") == 1
+        assert capfd.readouterr().err.startswith("florence-vl: error: ")
+
+    @pytest.mark.parametrize(
+        ("error", "line"),
+        [
+            (ValueError("two\n  lines"), "two lines"),
+            (ValueError(), "ValueError"),
+            (KeyError("stage"), "KeyError: 'stage'"),
+            (FileNotFoundError(2, "No such file", "here"), "[Errno 2] No such file: 'here'"),
+        ],
+    )
+    def test_error_is_one_readable_line(self, error, line, monkeypatch, capfd):
+        def fail(*args: object, **kwargs: object) -> None:
+            raise error
+
+        monkeypatch.setattr("florence_vl_hf.hub.push", fail)
+        assert status("push", "model", "me/model") == 1
+        assert capfd.readouterr().err == f"florence-vl: error: {line}\n"
+
+    def test_wrong_use(self, capfd):
+        assert status("convert") == 2
+        assert status("convrt") == 2
+        assert "convrt" in capfd.readouterr().err

@@ -1,0 +1,241 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+import errno
+import multiprocessing
+import time
+import weakref
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from florence_vl_hf.conversion import CheckpointError, checkpoint_files, convert
+from florence_vl_hf.conversion.checkpoint_files import (
+    LazyTensor,
+    output_directory,
+    read_json,
+    read_tensor_file,
+    read_tensors,
+    write_tensors,
+)
+
+from .conftest import LLAMA
+
+
+def lazy(tensor: torch.Tensor, name: str = "tensor") -> LazyTensor:
+    return LazyTensor(name, Path("memory"), tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+
+class TestLazyTensor:
+    @pytest.fixture(params=[".safetensors", ".bin", None])
+    def table(self, request, tmp_path, monkeypatch) -> tuple[LazyTensor, torch.Tensor]:
+        """A table of 10 rows, padded in chunks of 3."""
+        monkeypatch.setattr(checkpoint_files, "CHUNK_SIZE", 3 * 4 * 4)
+        tensor = torch.randn(10, 4)
+        if request.param is None:
+            return lazy(tensor), tensor
+        path = tmp_path / f"model{request.param}"
+        save = save_file if request.param == ".safetensors" else torch.save
+        save({"table": tensor, "other": torch.zeros(3)}, path)
+        return read_tensor_file(path)["table"], tensor
+
+    def check(self, tensor: LazyTensor, expected: torch.Tensor) -> None:
+        loaded = tensor.load()
+        assert (tensor.dtype, tensor.shape) == (expected.dtype, tuple(expected.shape))
+        assert loaded.dtype == expected.dtype and loaded.equal(expected)
+
+    def test_operations(self, table):
+        tensor, expected = table
+        padding = torch.zeros(3, 4)
+        self.check(tensor, expected)
+        self.check(tensor.transposed(), expected.T)
+        self.check(tensor.with_rows(7), expected[:7])
+        self.check(tensor.with_rows(13), torch.cat([expected, padding]))
+        self.check(tensor.to(torch.bfloat16), expected.bfloat16())
+
+    def test_operations_compose_in_any_order(self, table):
+        tensor, expected = table
+        padded = torch.cat([expected, torch.zeros(3, 4)]).half()
+        self.check(tensor.with_rows(13).to(torch.float16), padded)
+        self.check(tensor.to(torch.float16).with_rows(13), padded)
+        self.check(tensor.to(torch.float16).with_rows(13).transposed(), padded.T)
+        self.check(tensor.transposed().with_rows(6), torch.cat([expected.T, torch.zeros(2, 10)]))
+        self.check(tensor.with_rows(13).with_rows(4), expected[:4])
+
+    def test_integers_are_not_cast(self):
+        self.check(lazy(torch.arange(3)).to(torch.float16), torch.arange(3))
+
+    def test_it_is_named_with_its_file(self, table):
+        assert str(table[0]).split(" in ")[0] in ("table", "tensor")
+
+    def test_a_padded_table_is_read_in_chunks(self, table):
+        """Source and result are never in memory together."""
+        tensor, expected = table
+        if tensor.load_rows is None:
+            pytest.skip("not in a file")
+        tensor = replace(tensor, load=lambda: pytest.fail("read at once"))
+        self.check(tensor.with_rows(11), torch.cat([expected, torch.zeros(1, 4)]))
+        self.check(tensor.to(torch.float16).with_rows(11), torch.cat([expected, torch.zeros(1, 4)]).half())
+
+
+def test_a_pytorch_file_is_reopened_now_and_then(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_files, "REOPEN_AFTER", 100)
+    tensors = {f"t{i}": torch.randn(10) for i in range(10)}
+    torch.save(tensors, tmp_path / "model.bin")
+    opened = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: opened.append(args) or load(*args, **kwargs))
+    read = {name: tensor.load() for name, tensor in read_tensor_file(tmp_path / "model.bin").items()}
+    assert_close(read, tensors, rtol=0, atol=0)
+    assert len(opened) == 4  # once to list them, and after each 3 tensors of 40 bytes
+
+
+class TestWriting:
+    @pytest.mark.parametrize("max_shard_size", ["1GB", 100])
+    def test_safetensors_reads_what_was_written(self, max_shard_size, tmp_path):
+        tensors = {
+            "matrix": torch.randn(5, 7),
+            "half": torch.randn(3, 1, 2).bfloat16(),
+            "scalar": torch.tensor(3.5, dtype=torch.float64),
+            "empty": torch.zeros(0, 4, dtype=torch.float16),
+            "flags": torch.tensor([True, False]),
+            "transposed": torch.arange(6).view(2, 3).T,
+        }
+        write_tensors(tmp_path, {name: lazy(tensor, name) for name, tensor in tensors.items()}, max_shard_size)
+        files = sorted(tmp_path.glob("*.safetensors"))
+        assert len(files) == 1 if max_shard_size == "1GB" else len(files) > 1
+        read = {name: tensor.load() for name, tensor in read_tensors(tmp_path).items()}
+        assert read.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert read[name].dtype == tensor.dtype and read[name].equal(tensor), name
+        with safe_open(files[0], framework="pt") as file:
+            assert file.metadata() == {"format": "pt"}  # without which Transformers refuses it
+
+    def test_tensors_that_share_memory(self, tmp_path):
+        tensor = torch.randn(3, 3)
+        write_tensors(tmp_path, {"one": lazy(tensor), "two": lazy(tensor)}, "1GB")
+        assert_close(load_file(tmp_path / "model.safetensors"), {"one": tensor, "two": tensor}, rtol=0, atol=0)
+
+    def test_tensor_that_is_not_what_was_announced_is_an_error(self, tmp_path):
+        wrong = LazyTensor("matrix", Path("memory"), torch.float32, (2, 2), lambda: torch.zeros(2, 3))
+        with pytest.raises(CheckpointError, match=r"matrix is a \(2, 3\)"):
+            write_tensors(tmp_path, {"matrix": wrong}, "1GB")
+
+    def test_one_shard_is_held_at_a_time(self, tmp_path):
+        loaded: list[weakref.ref] = []
+
+        def load(value: int) -> torch.Tensor:
+            assert sum(reference() is not None for reference in loaded) <= 1
+            tensor = torch.full((100,), float(value))
+            loaded.append(weakref.ref(tensor))
+            return tensor
+
+        tensors = {f"t{i}": LazyTensor("", Path(), torch.float32, (100,), partial(load, i)) for i in range(6)}
+        write_tensors(tmp_path, tensors, 2 * 400)
+        assert len(loaded) == 6 and len(list(tmp_path.glob("*.safetensors"))) == 3
+
+
+class TestOutputDirectory:
+    def test_it_appears_when_it_is_complete(self, tmp_path):
+        output = tmp_path / "deep" / "output"
+        with output_directory(output) as directory:
+            (directory / "file").write_text("content")
+            assert not output.exists()
+        assert (output / "file").read_text() == "content"
+        assert list(output.parent.iterdir()) == [output]
+
+    def test_it_replaces_an_empty_directory(self, tmp_path):
+        (tmp_path / "output").mkdir()
+        with output_directory(tmp_path / "output") as directory:
+            (directory / "file").write_text("content")
+        assert (tmp_path / "output" / "file").exists()
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+    def test_nothing_remains_when_it_fails(self, error, tmp_path):
+        with pytest.raises(type(error)), output_directory(tmp_path / "output") as directory:
+            (directory / "file").write_text("content")
+            raise error
+        assert list(tmp_path.iterdir()) == []
+
+    def test_nothing_is_overwritten(self, tmp_path):
+        (tmp_path / "output").write_text("mine")
+        with pytest.raises(CheckpointError, match="exists already"), output_directory(tmp_path / "output"):
+            pytest.fail("must not begin")
+        assert (tmp_path / "output").read_text() == "mine"
+
+    def test_only_leftovers_of_the_same_output_are_removed(self, tmp_path):
+        """A name is no pattern: `g*` leaves alone what belongs to `good`."""
+        for name in (".g*.incomplete-1", ".good.incomplete-1"):
+            (tmp_path / name).mkdir()
+        with output_directory(tmp_path / "g*"):
+            pass
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".good.incomplete-1", "g*"]
+
+    @pytest.mark.parametrize("output", ["", "."])
+    def test_the_current_directory_is_no_output(self, output, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with (
+            pytest.raises(CheckpointError, match="give the path of a new output directory"),
+            output_directory(Path(output)),
+        ):
+            pytest.fail("must not begin")
+
+
+class TestJson:
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("{", "cannot be read as JSON"),
+            ("[" * 100_000, "cannot be read as JSON"),
+            ("[1]", "holds a JSON list, expected an object"),
+            ("\udcff", "cannot be read as JSON"),
+        ],
+    )
+    def test_damaged_files_are_named(self, content, message, tmp_path):
+        (tmp_path / "config.json").write_text(content, encoding="utf-8", errors="surrogateescape")
+        with pytest.raises(CheckpointError, match=f"config.json {message}"):
+            read_json(tmp_path / "config.json")
+
+
+def _convert(output: Path) -> None:
+    convert(LLAMA.checkpoint, output, LLAMA.vision_tower, max_shard_size="200KB")
+
+
+def test_a_conversion_that_is_killed_leaves_nothing_or_all(tmp_path):
+    """A process is killed at many moments of a conversion; the next conversion succeeds."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["florence_vl_hf.conversion", __name__])
+    warm_up = processes.Process(target=_convert, args=(tmp_path / "warm-up",))
+    warm_up.start()
+    warm_up.join()
+    start = time.perf_counter()
+    complete = processes.Process(target=_convert, args=(tmp_path / "complete",))
+    complete.start()
+    complete.join()
+    duration = time.perf_counter() - start
+    files = sorted(file.name for file in (tmp_path / "complete").iterdir())
+
+    output, num_cut_short, num_moments = tmp_path / "output", 0, 14
+    for moment in range(num_moments):
+        process = processes.Process(target=_convert, args=(output,))
+        process.start()
+        time.sleep(duration * (moment + 1) / num_moments)
+        process.kill()
+        process.join()
+        if output.exists():
+            assert sorted(file.name for file in output.iterdir()) == files
+            break
+        num_cut_short += any(".output.incomplete-" in path.name for path in tmp_path.iterdir())
+    assert num_cut_short >= 3  # some were in the middle of their writing
+
+    if not output.exists():
+        _convert(output)
+    assert sorted(file.name for file in output.iterdir()) == files
+    assert not [path for path in tmp_path.iterdir() if "incomplete" in path.name]
+    AutoModelForImageTextToText.from_pretrained(output)
+    AutoProcessor.from_pretrained(output)
