@@ -11,7 +11,7 @@ import yaml
 
 from florence_vl_hf import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from florence_vl_hf.planning import KNOWN_RUNS, TrainingSetup, format_table, plan_memory, published_config, read_setup
-from florence_vl_hf.training import read_recipe
+from florence_vl_hf.training import RECIPES, read_recipe
 
 from ..conftest import status, tiny_config
 
@@ -193,7 +193,7 @@ class TestPassingTerms:
 @pytest.mark.parametrize("run", ["pretrain 8B", "pretrain 3B", "finetune 8B", "finetune 3B"])
 def test_the_papers_runs_are_the_recipes(run: str) -> None:
     _, known = KNOWN_RUNS[run]
-    recipe = read_recipe(ROOT / "recipes" / f"{run.replace(' ', '_').lower()}.yaml")
+    recipe = read_recipe(run.replace(" ", "_").lower())
     _, _, setup = read_setup(recipe, known.num_gpus, known.sharding)
     # Under DeepSpeed, weights are loaded in any type and then cast.
     assert replace(setup, dtype=known.dtype) == known
@@ -230,7 +230,7 @@ class TestSettings:
             "bf16": True,
             "max_length": 700,
         }
-        model, changes, setup = read_setup(recipe, accelerate_config=ROOT / "recipes/accelerate/fsdp2.yaml")
+        model, changes, setup = read_setup(recipe, accelerate_config=RECIPES / "accelerate/fsdp2.yaml")
         assert (model, changes) == ("somewhere", {})
         assert (setup.sharding, setup.num_gpus, setup.batch_size, setup.max_length) == ("fsdp2", 8, 3, 700)
         assert (setup.lora_rank, setup.bits, setup.mixed_precision, setup.dtype) == (8, 4, True, "float32")
@@ -244,7 +244,7 @@ class TestSettings:
     )
     def test_accelerate_configs_of_the_recipes_are_supported(self, file: str, sharding: str) -> None:
         recipe = {"model_name_or_path": "somewhere", "train_file": "data.json"}
-        setup = read_setup(recipe, accelerate_config=ROOT / f"recipes/accelerate/{file}.yaml")[2]
+        setup = read_setup(recipe, accelerate_config=RECIPES / f"accelerate/{file}.yaml")[2]
         assert setup.sharding == sharding
 
     def test_other_optimizers_raise(self) -> None:
