@@ -1,5 +1,5 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Tiny models, and the recordings of the original that they are compared with."""
+"""Tiny models, and recorded outputs of the original to compare them with."""
 
 import json
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Golden:
 
     @property
     def vision_tower(self) -> Path | None:
-        """The tower's folder, where it is not inside the checkpoint."""
+        """The directory of the vision tower, if it is not in the checkpoint."""
         apart = self.folder / "vision_tower"
         return apart if apart.is_dir() else None
 
@@ -57,7 +57,7 @@ class Golden:
         return self.tensors["pixel_values"][[self.reference["images"].index(name) for name in names]]
 
     def messages(self, dialog: int, image: str = "odd.jpg") -> list[dict[str, Any]]:
-        """A recorded dialog as messages, with its picture where the first turn had its mark."""
+        """Return a recorded dialog as messages, with its image in place of the image token."""
         messages = []
         for turn in self.reference["dialogs"][dialog]["conversations"]:
             content = [{"type": "text", "text": turn["value"].replace("<image>", "")}]
@@ -68,12 +68,12 @@ class Golden:
 
 
 def collapse(ids: list[int], values: list[int], image_token_id: int) -> list[int]:
-    """`values` with one entry for each run of image tokens among `ids`, as the original counts them."""
+    """Keep one of `values` for each run of image tokens in `ids`, as in the original."""
     return [v for i, v in enumerate(values) if i == 0 or not ids[i] == ids[i - 1] == image_token_id]
 
 
 def status(*arguments: str | Path) -> int:
-    """What the command `florence-vl` ends with: 0 if all went well."""
+    """Run the command `florence-vl` and return its exit code."""
     with pytest.raises(SystemExit) as exit_:
         main([str(argument) for argument in arguments])
     return exit_.value.code
@@ -86,7 +86,7 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 @pytest.fixture(scope="session")
 def converted(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden's checkpoint, converted as a user would."""
+    """The converted checkpoint."""
     output = tmp_path_factory.mktemp("converted") / golden.folder.name
     convert(golden.checkpoint, output, vision_tower=golden.vision_tower)
     return output
@@ -106,38 +106,38 @@ def model(request: pytest.FixtureRequest, converted: Path) -> FlorenceVLForCondi
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_datasets(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What `datasets` keeps of data that it read stays out of the user's home."""
+    """Keep the cache of `datasets` out of the user's home."""
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
 
 
-def llava_row(number: int, pictures: list[str], rounds: int = 1) -> dict[str, Any]:
-    """A sample in LLaVA's form, with pictures in its first turn."""
-    turns = []
-    for i in range(rounds):
-        marks = "<image>\n" * len(pictures) if i == 0 else ""
-        turns.append({"from": "human", "value": f"{marks}What is {number + i}?"})
-        turns.append({"from": "gpt", "value": f"It is {number + i}."})
-    row: dict[str, Any] = {"id": f"sample-{number}", "conversations": turns}
-    if pictures:
-        row["image"] = pictures[0] if len(pictures) == 1 else pictures
-    return row
+def llava_sample(number: int, images: list[str], turns: int = 1) -> dict[str, Any]:
+    """Return a sample in LLaVA's format, with images in its first turn."""
+    conversations = []
+    for i in range(turns):
+        image_tokens = "<image>\n" * len(images) if i == 0 else ""
+        conversations.append({"from": "human", "value": f"{image_tokens}What is {number + i}?"})
+        conversations.append({"from": "gpt", "value": f"It is {number + i}."})
+    sample: dict[str, Any] = {"id": f"sample-{number}", "conversations": conversations}
+    if images:
+        sample["image"] = images[0] if len(images) == 1 else images
+    return sample
 
 
 @pytest.fixture
 def data_file(golden: Golden, tmp_path: Path) -> Path:
-    """Eight samples: with one picture, with two, and without any, of one round and of two."""
-    pictures = [golden.image_path(name).name for name in golden.reference["images"]]
-    rows = [
-        llava_row(number, pictures[number : number + (1, 1, 0, 2)[number % 4]], rounds=1 + number % 2)
+    """Eight samples with zero, one or two images and one or two turns."""
+    images = [golden.image_path(name).name for name in golden.reference["images"]]
+    samples = [
+        llava_sample(number, images[number : number + (1, 1, 0, 2)[number % 4]], turns=1 + number % 2)
         for number in range(8)
     ]
     path = tmp_path / "data.json"
-    path.write_text(json.dumps(rows), encoding="utf-8")
+    path.write_text(json.dumps(samples), encoding="utf-8")
     return path
 
 
 def tiny_config(**changes: Any) -> FlorenceVLConfig:
-    """A configuration whose model is built in no time: 5 tokens (2 x 2 positions and their mean) per 64 x 64 image."""
+    """Return a tiny configuration: 5 tokens (2 x 2 positions and their mean) per 64 x 64 image."""
     settings: dict[str, Any] = {
         "vision_config": {
             "vision_config": {
@@ -188,18 +188,20 @@ def tiny_model(seed: int = 0, **changes: Any) -> FlorenceVLForConditionalGenerat
     return FlorenceVLForConditionalGeneration(tiny_config(**changes)).eval()
 
 
-def tiny_inputs(config: FlorenceVLConfig, images_per_row: list[int], text_length: int = 6) -> dict[str, torch.Tensor]:
-    """Left-padded rows with any number of images each, at the front of the row's text."""
+def tiny_inputs(
+    config: FlorenceVLConfig, images_per_sample: list[int], text_length: int = 6
+) -> dict[str, torch.Tensor]:
+    """Return left-padded samples with any number of images each, before the text."""
     generator = torch.Generator().manual_seed(1)
-    rows = []
-    for num_images in images_per_row:
+    samples = []
+    for num_images in images_per_sample:
         text = torch.randint(3, 90, (text_length,), generator=generator)
-        rows.append(torch.cat([torch.full((num_images * config.num_image_tokens,), config.image_token_id), text]))
-    length = max(len(row) for row in rows)
+        samples.append(torch.cat([torch.full((num_images * config.num_image_tokens,), config.image_token_id), text]))
+    length = max(len(sample) for sample in samples)
     pad = config.text_config.pad_token_id
-    input_ids = torch.stack([torch.cat([torch.full((length - len(row),), pad), row]) for row in rows])
+    input_ids = torch.stack([torch.cat([torch.full((length - len(sample),), pad), sample]) for sample in samples])
     inputs = {"input_ids": input_ids, "attention_mask": (input_ids != pad).long()}
-    if sum(images_per_row):
-        shape = (sum(images_per_row), 3, config.image_size, config.image_size)
+    if sum(images_per_sample):
+        shape = (sum(images_per_sample), 3, config.image_size, config.image_size)
         inputs["pixel_values"] = torch.randn(shape, generator=generator)
     return inputs

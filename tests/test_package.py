@@ -16,7 +16,7 @@ import torch
 
 from florence_vl_hf.modeling.modeling_florence_vl import FlorenceVLForConditionalGeneration
 
-from .conftest import FIXTURES, llava_row
+from .conftest import FIXTURES, llava_sample
 
 
 pytestmark = pytest.mark.slow
@@ -109,7 +109,7 @@ def test_converts_and_trains_without_the_repository(binaries: Path, tmp_path: Pa
 
     command, converted, trained = binaries / "florence-vl", tmp_path / "converted", tmp_path / "trained"
     run(command, "convert", PHI / "checkpoint", converted, cwd=tmp_path)
-    samples = [llava_row(number, ["odd.jpg"]) for number in range(8)]
+    samples = [llava_sample(number, ["odd.jpg"]) for number in range(8)]
     (tmp_path / "data.json").write_text(json.dumps(samples), encoding="utf-8")
     settings = {
         "model_name_or_path": converted,

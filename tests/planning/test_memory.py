@@ -230,7 +230,7 @@ class TestSettings:
             "bf16": True,
             "max_length": 700,
         }
-        model, changes, setup = read_setup(recipe, accelerate_config=RECIPES / "accelerate" / "fsdp2.yaml")
+        model, changes, setup = read_setup(recipe, accelerate_config=RECIPES / "accelerate/fsdp2.yaml")
         assert (model, changes) == ("somewhere", {})
         assert (setup.sharding, setup.num_gpus, setup.batch_size, setup.max_length) == ("fsdp2", 8, 3, 700)
         assert (setup.lora_rank, setup.bits, setup.mixed_precision, setup.dtype) == (8, 4, True, "float32")
@@ -244,7 +244,7 @@ class TestSettings:
     )
     def test_accelerate_configs_of_the_recipes_are_supported(self, file: str, sharding: str) -> None:
         recipe = {"model_name_or_path": "somewhere", "train_file": "data.json"}
-        setup = read_setup(recipe, accelerate_config=RECIPES / "accelerate" / f"{file}.yaml")[2]
+        setup = read_setup(recipe, accelerate_config=RECIPES / f"accelerate/{file}.yaml")[2]
         assert setup.sharding == sharding
 
     def test_other_optimizers_raise(self) -> None:

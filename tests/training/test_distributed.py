@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText
 from florence_vl_hf import FlorenceVLForConditionalGeneration
 from florence_vl_hf.conversion import convert
 from florence_vl_hf.training import RECIPES
-from tests.conftest import FIXTURES, Golden, llava_row, tiny_config, tiny_inputs, tiny_model
+from tests.conftest import FIXTURES, Golden, llava_sample, tiny_config, tiny_inputs, tiny_model
 from tests.training.distributed_worker import (
     IMAGES_PER_SAMPLE,
     STEPS,
@@ -118,7 +118,7 @@ def write_recipe(directory: Path) -> None:
     convert(golden.checkpoint, directory / "model", vision_tower=golden.vision_tower, dtype=torch.float32)
     # In each step the two processes have different kinds of samples. One sample is broken.
     images = [["odd.jpg"], ["wide.png"], [], [], [], [], ["tall.png", "gray.png"], ["nowhere.png"]]
-    samples = [llava_row(number, names, rounds=1 + number % 2) for number, names in enumerate(images)]
+    samples = [llava_sample(number, names, turns=1 + number % 2) for number, names in enumerate(images)]
     (directory / "data.json").write_text(json.dumps(samples), encoding="utf-8")
     # An odd number, so that one process has nothing to answer when the other one still has.
     (directory / "eval.json").write_text(json.dumps(samples[:3]), encoding="utf-8")

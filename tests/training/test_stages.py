@@ -25,8 +25,8 @@ def children(model) -> dict[str, torch.nn.Module]:
     return {**{name: getattr(model.model, name) for name in names}, "lm_head": model.lm_head}
 
 
-def backward(model, images_per_row=(1, 0)) -> None:
-    inputs = tiny_inputs(model.config, list(images_per_row))
+def backward(model, images_per_sample=(1, 0)) -> None:
+    inputs = tiny_inputs(model.config, list(images_per_sample))
     model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == 98, -100)).loss.backward()
 
 

@@ -16,8 +16,8 @@ def prepared(stage: str, **changes):
     return model.train()
 
 
-def loss_of(model, images_per_row=(1, 0)) -> torch.Tensor:
-    inputs = tiny_inputs(model.config, list(images_per_row))
+def loss_of(model, images_per_sample=(1, 0)) -> torch.Tensor:
+    inputs = tiny_inputs(model.config, list(images_per_sample))
     return model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == 98, -100)).loss
 
 
@@ -29,16 +29,16 @@ def count_encoded(model) -> list[int]:
 
 
 class TestFrozenParts:
-    @pytest.mark.parametrize("images_per_row", [(1, 0), (0, 0)])
-    def test_stay_in_evaluation_mode(self, images_per_row):
+    @pytest.mark.parametrize("images_per_sample", [(1, 0), (0, 0)])
+    def test_stay_in_evaluation_mode(self, images_per_sample):
         model = prepared("finetune")
         for _ in range(2):
-            loss_of(model, images_per_row)
+            loss_of(model, images_per_sample)
             assert not any(module.training for module in model.model.vision_tower.modules())
             assert all(module.training for module in model.model.multi_modal_projector.modules())
             assert all(module.training for module in model.model.language_model.modules())
             model.train()
-        loss_of(model.eval(), images_per_row)
+        loss_of(model.eval(), images_per_sample)
         assert not any(module.training for module in model.modules())
 
     def test_below_lora(self):
