@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from florence_vl_hf import FlorenceVLConfig
-from florence_vl_hf.training import RECIPES, find_recipe, read_recipe
-from florence_vl_hf.training.arguments import CHECKPOINTING, parse_recipe
+from florence_vl_hf.training import RECIPES, read_recipe
+from florence_vl_hf.training.arguments import CHECKPOINTING, find_recipe, parse_recipe
 
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "quickstart_lora.yaml"

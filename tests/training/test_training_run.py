@@ -222,7 +222,7 @@ class TestResume:
     def test_without_auto_resume_a_checkpoint_is_refused(self, recipe):
         recipe |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
         train(recipe)
-        with pytest.raises(ValueError, match="has checkpoint-2 of another run"):
+        with pytest.raises(ValueError, match="checkpoint-2 of another run"):
             train(recipe | {"auto_resume": False, "max_steps": 3})
         assert train(recipe | {"auto_resume": False, "output_dir": recipe["output_dir"] + "-new"})["train_loss"] > 0
 
@@ -232,15 +232,15 @@ class TestResume:
         train(recipe | {"resume_from_checkpoint": checkpoint, "output_dir": other, "max_steps": 3})
         log = json.loads((Path(other) / "trainer_state.json").read_text())["log_history"]
         assert log[-1]["step"] == 3
-        with pytest.raises(ValueError, match="no checkpoint nowhere"):
+        with pytest.raises(ValueError, match="checkpoint at nowhere"):
             train(recipe | {"resume_from_checkpoint": "nowhere", "output_dir": other + "2"})
 
 
 def test_settings_are_listed(capsys):
     assert status("train", "--settings") == 0
     printed = capsys.readouterr().out
-    assert "stage (default finetune): Training stage. One of finetune, " in printed
-    assert "train_file (required): " in printed and "per_device_train_batch_size" not in printed
+    assert "stage: Literal['pretrain', 'finetune', " in printed and "] = 'finetune'\n    Training stage.\n" in printed
+    assert "train_file: str\n" in printed and "per_device_train_batch_size" not in printed
 
 
 class TestMistakes:

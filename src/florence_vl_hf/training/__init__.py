@@ -4,20 +4,16 @@
 from importlib.util import find_spec
 
 
-if missing := [package for package in ("datasets", "ijson") if find_spec(package) is None]:
-    raise ModuleNotFoundError(
-        f"Training requires {' and '.join(missing)}; run `pip install 'florence_vl_hf[train]'`, or `pip install "
-        f"'.[train]'` in the sources."
-    )
+if find_spec("datasets") is None:
+    raise ModuleNotFoundError("Training requires datasets; install this package with its extra `[train]`.")
 
 from .adapters import lora_config, lora_target_modules, merge_adapter, quantization_config
-from .arguments import RECIPES, FlorenceVLTrainingArguments, find_recipe, read_recipe
+from .arguments import RECIPES, FlorenceVLTrainingArguments, read_recipe
 from .collator import FlorenceVLCollator
 from .data_loading import load_conversations, with_lengths
 from .samples import SampleError, to_messages
-from .stages import STAGES, set_trainable
+from .stages import STAGES, register_training_hook, set_trainable
 from .trainer import FlorenceVLTrainer
-from .training_hook import register_training_hook
 from .training_run import train
 
 
@@ -28,7 +24,6 @@ __all__ = [
     "FlorenceVLTrainer",
     "FlorenceVLTrainingArguments",
     "SampleError",
-    "find_recipe",
     "load_conversations",
     "lora_config",
     "lora_target_modules",

@@ -7,61 +7,49 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..conversion import CheckpointError, is_original, load_original
+from ..conversion import CheckpointError, is_original, load_pretrained
 from ..conversion.checkpoint_files import CHECKPOINT_FILES, output_directory, read_json, resolve_checkpoint
 from ..model_cards import CARD_FILE, MergedCard, read_metadata, read_training, write_card
 from ..modeling import FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
-from .base_model import check_model_type
 
 
 logger = logging.get_logger(__name__)
 
 PROJECTOR = "multi_modal_projector"
-# Everything except the language model. Names start at the model: `model.vision_tower` in the model with a head,
-# `vision_tower` in the one without. This list replaces the default one, which has the head.
-NOT_QUANTIZED = ("lm_head", "vision_tower", PROJECTOR, "model.vision_tower", f"model.{PROJECTOR}")
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FILES = (*CHECKPOINT_FILES, "*.jinja", CARD_FILE)
 
 
 def lora_target_modules(model: nn.Module) -> str:
     """
-    Return a pattern for peft that matches each linear layer of the language model and no other module.
+    Return a regular expression of the names of all linear layers of the language model, and of no other module.
 
     Args:
         model (`nn.Module`): A Florence-VL model, with or without its head, quantized or not.
 
     Returns:
-        `str`: A regular expression of complete module names, for `LoraConfig.target_modules`.
+        `str`: For `LoraConfig.target_modules`.
 
     Raises:
         ValueError: If the model is not a Florence-VL, or its language model has no linear layer.
     """
     language_model = getattr(getattr(model, "base_model", model), "language_model", None)
     if language_model is None or isinstance(model, PeftModel):
-        raise ValueError(
-            f"Got a {type(model).__name__}, which has no `language_model`; give a Florence-VL without adapters."
-        )
+        raise ValueError(f"Got a {type(model).__name__}; give a Florence-VL without adapters.")
     # The layers of bitsandbytes are subclasses; torchao only changes the weight.
     names = [name for name, module in language_model.named_modules() if isinstance(module, nn.Linear)]
     if not names:
-        raise ValueError(
-            f"{type(language_model).__name__} has no linear layer for LoRA; name its parameters in "
-            f"`target_parameters` of peft's LoraConfig."
-        )
-    experts = [name for name, weight in language_model.named_parameters() if weight.dim() == 3 and "expert" in name]
-    if experts:
-        kinds = sorted({".".join(name.rsplit(".", 2)[-2:]) for name in experts})
+        raise ValueError(f"{type(language_model).__name__} has no linear layer; use peft's `target_parameters`.")
+    parameters = [name for name, weight in language_model.named_parameters() if weight.dim() == 3 and "expert" in name]
+    if experts := sorted({".".join(name.split(".")[-2:]) for name in parameters}):
         logger.warning_once(
-            f"The experts of {type(language_model).__name__} are not linear layers, so LoRA does not change them. To "
-            f"train them too, pass `target_parameters={kinds}` and `dropout=0` to `lora_config`."
+            f"LoRA does not change the experts, which are not linear layers. To train them too, pass "
+            f"`target_parameters={experts}` and `dropout=0` to `lora_config`."
         )
     # One alternative for all layers that differ only in their number.
     paths = (r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split(".")) for name in names)
@@ -113,7 +101,8 @@ def quantization_config(bits: int, compute_dtype: torch.dtype = torch.bfloat16) 
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=list(NOT_QUANTIZED),
+        # Everything except the language model, in the model with a head and in the one without.
+        llm_int8_skip_modules=["lm_head", "vision_tower", PROJECTOR, "model.vision_tower", f"model.{PROJECTOR}"],
     )
 
 
@@ -145,24 +134,21 @@ def merge_adapter(
     with output_directory(Path(output)) as directory:
         adapter_directory = resolve_checkpoint(adapter, FILES)
         config = _read_adapter_config(adapter_directory)
-        base_directory = _resolve_base(config, base)
-        processor = None
-        if is_original(base_directory):
-            model, processor = load_original(base_directory, dtype=dtype or "auto")
-        else:
-            model = FlorenceVLForConditionalGeneration.from_pretrained(base_directory, dtype=dtype or "auto")
-        merged = _merge(model, config, adapter_directory, base_directory)
+        revision = None if base else config.get("revision")
+        base = base or config.get("base_model_name_or_path") or ""
+        base_directory = _resolve_base(base, revision)
+        check_model_type(base_directory)  # TEMP
+        model, processor = load_pretrained(base_directory, dtype=dtype or "auto")
+        merged = _merge(model, adapter_directory)
         merged.save_pretrained(directory, max_shard_size=max_shard_size)
         if (adapter_directory / "processor_config.json").is_file():
             processor = FlorenceVLProcessor.from_pretrained(adapter_directory)
-        elif processor is None:
-            processor = FlorenceVLProcessor.from_pretrained(base_directory)
         processor.save_pretrained(directory)
         card = MergedCard(
             name=Path(output).name,
             config=merged.config,
             processor=processor,
-            base=base or str(config.base_model_name_or_path),
+            base=base,
             adapter=adapter,
             num_parameters=merged.num_parameters(),
             training=read_training(adapter_directory),
@@ -172,54 +158,38 @@ def merge_adapter(
     return merged
 
 
-def _read_adapter_config(directory: Path) -> PeftConfig:
-    read_json(directory / ADAPTER_CONFIG)  # for its error if there is none
-    if (directory / "non_lora_trainables.bin").is_file():
+def _read_adapter_config(directory: Path) -> dict[str, Any]:
+    config = read_json(directory / CONFIG_NAME)
+    is_original = (directory / "non_lora_trainables.bin").is_file()
+    if is_original or not (directory / SAFETENSORS_WEIGHTS_NAME).is_file():
         raise CheckpointError(
-            f"{directory} has an adapter in the original format; use `florence-vl convert` with `--base`."
+            f"{directory} has no {SAFETENSORS_WEIGHTS_NAME} that peft saved; save the adapter in safetensors, since "
+            f"other formats can run code. `florence-vl convert` with `--base` reads an adapter of the original code."
         )
-    if not (directory / ADAPTER_WEIGHTS).is_file():
-        raise CheckpointError(
-            f"{directory} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}; download it, or save the adapter in "
-            f"safetensors: other formats can run code, and are not read."
-        )
-    try:
-        config = PeftConfig.from_pretrained(str(directory))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"The installed peft cannot read {directory / ADAPTER_CONFIG} ({error}); update peft, or save the adapter "
-            f"again."
-        ) from error
-    if config.peft_type != PeftType.LORA:
-        raise CheckpointError(
-            f"{directory} has an adapter of type {config.peft_type.value}, expected LORA; load it with peft."
-        )
+    if config.get("peft_type") != PeftType.LORA:
+        raise CheckpointError(f"{directory} has an adapter of type {config.get('peft_type')}, expected LORA.")
     return config
 
 
-def _resolve_base(config: PeftConfig, base: str | Path | None) -> Path:
-    path_or_id = base or config.base_model_name_or_path
-    if not path_or_id:
-        raise CheckpointError(f"{ADAPTER_CONFIG} names no base model; give it, with `--base` on the command line.")
+def _resolve_base(base: str | Path, revision: str | None) -> Path:
     try:
-        directory = resolve_checkpoint(path_or_id, FILES, revision=None if base else config.revision)
+        directory = resolve_checkpoint(base, FILES, revision=revision)
     except CheckpointError as error:
-        hint = "" if base else f" It is the base model in {ADAPTER_CONFIG}; give another one with `--base`."
-        raise CheckpointError(f"{error}{hint}") from error
-    check_model_type(directory)
+        raise CheckpointError(f"The adapter's base model cannot be read; give it with `--base`. {error}") from error
     if read_json(directory / "config.json").get("quantization_config"):
-        raise CheckpointError(
-            f"The base model {path_or_id} is quantized, so merging would lose precision; give the model that it was "
-            f"quantized from, with `--base` on the command line."
-        )
+        raise CheckpointError(f"{base} is quantized; give the model that it was quantized from, with `--base`.")
     return directory
 
 
-def _merge(
-    model: FlorenceVLForConditionalGeneration, config: PeftConfig, adapter: Path, base: Path
-) -> FlorenceVLForConditionalGeneration:
-    config.inference_mode = True
+def check_model_type(path_or_id: str | Path) -> None:  # TEMP
+    model_type = PreTrainedConfig.get_config_dict(path_or_id)[0].get("model_type")
+    if model_type != "florence_vl" and not is_original(path_or_id):
+        raise CheckpointError(f"{path_or_id} has model type {model_type!r}, expected 'florence_vl'.")
+
+
+def _merge(model: FlorenceVLForConditionalGeneration, adapter: Path) -> FlorenceVLForConditionalGeneration:
     try:
+        config = PeftConfig.from_pretrained(str(adapter), inference_mode=True)
         # Not on the meta device: some initializations of LoRA, such as PiSSA, change the base model.
         wrapped = PeftModel(model, config)
         # `PeftModel.from_pretrained` only warns of missing tensors, and ignores unexpected ones.
@@ -227,7 +197,8 @@ def _merge(
         if wrong := [*loaded.missing_keys, *loaded.unexpected_keys]:
             raise ValueError(f"{len(wrong)} tensors are missing or unexpected, such as {wrong[0]}")
         return wrapped.merge_and_unload(safe_merge=True)
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"The adapter in {adapter} does not fit {base}; give the base model that it was trained on. {error}"
+            f"The adapter in {adapter} does not fit {model.name_or_path}; give the base model that it was trained on, "
+            f"or update peft. {error}"
         ) from error

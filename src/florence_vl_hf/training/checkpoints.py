@@ -2,7 +2,6 @@
 """Find the last complete checkpoint of a training run."""
 
 import json
-import re
 import zipfile
 from pathlib import Path
 
@@ -24,11 +23,9 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     Args:
         output_dir (`str` or `Path`): As in `TrainingArguments`. It may not exist yet.
     """
-    steps = {}
-    for directory in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", directory.name)
-        if match and directory.is_dir():
-            steps[int(match[1])] = directory
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    names = {path.name.removeprefix(prefix): path for path in Path(output_dir).glob(f"{prefix}*") if path.is_dir()}
+    steps = {int(step): path for step, path in names.items() if step.isdecimal()}
     for step, directory in sorted(steps.items(), reverse=True):
         if _is_complete(directory, step):
             return directory
@@ -37,26 +34,20 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def _is_complete(directory: Path, step: int) -> bool:
-    # The main process writes its state last, after everything else of its own.
     try:
+        # The main process writes its state last, after everything else of its own.
         state = json.loads((directory / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        for file in directory.rglob("*.safetensors"):
+            with safe_open(file, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
         return False
     # Other processes write at the same time, and may be slower.
     ranks = sorted(int(file.stem.rpartition("_")[2]) for file in directory.glob("rng_state_*.pth"))
     return (
         state.get("global_step") == step
-        and all(_is_complete_safetensors(file) for file in directory.rglob("*.safetensors"))
         and all(zipfile.is_zipfile(file) for suffix in ("bin", "pt", "pth") for file in directory.rglob(f"*.{suffix}"))
         # torch.distributed.checkpoint writes this file when all shards are there.
         and all((shard.parent / ".metadata").is_file() for shard in directory.rglob("*.distcp"))
         and ranks == list(range(len(ranks)))
     )
-
-
-def _is_complete_safetensors(file: Path) -> bool:
-    try:
-        with safe_open(file, framework="pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False

@@ -1,11 +1,17 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Training stages: which parts of the model are trained."""
+"""Training stages: which parts of the model are trained, and what that changes in its forward pass."""
 
+from typing import Any, Literal
+
+import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from ..modeling import FlorenceVLForConditionalGeneration, FlorenceVLModel
+from ..modeling.transformers_compat import CACHE
 
 
 logger = logging.get_logger(__name__)
@@ -17,6 +23,7 @@ PARTS = {
     "language_model": ("language_model", "lm_head"),
 }
 
+Stage = Literal["pretrain", "finetune", "projector", "language_model", "vision"]
 # The parts that each stage trains. The first two stages are the paper's.
 STAGES = {
     "pretrain": ("vision_tower", "projector", "language_model"),
@@ -38,7 +45,7 @@ def part_of(parameter_name: str) -> str:
 
 def set_trainable(model: FlorenceVLForConditionalGeneration | FlorenceVLModel, stage: str) -> dict[str, int]:
     """
-    Train the parts of a stage, freeze all others, and log both.
+    Train the parts of a stage, freeze all others, log both, and call `register_training_hook`.
 
     Args:
         model (`FlorenceVLForConditionalGeneration` or `FlorenceVLModel`): A model without adapters.
@@ -58,34 +65,8 @@ def set_trainable(model: FlorenceVLForConditionalGeneration | FlorenceVLModel, s
         is_used = bool(model.config.fusion_prompts) or "vision_tower.encoder." not in name
         parameter.requires_grad_(part_of(name) in STAGES[stage] and is_used and parameter.is_floating_point())
     model.train(model.training)
-    set_frozen_parts_to_eval(inner_model(model))
-    log_trained(model, f"Stage {stage}")
-    return count_trained(model)
-
-
-def inner_model(model: nn.Module) -> FlorenceVLModel:
-    """Return the `FlorenceVLModel` inside a model with a head, with adapters, or in another wrapper."""
-    for module in model.modules():
-        if isinstance(module, FlorenceVLModel):
-            return module
-    raise ValueError(f"Got a {type(model).__name__}, expected a Florence-VL model.")
-
-
-def is_trained(module: nn.Module) -> bool:
-    """Whether any parameter of a module is trained."""
-    return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def set_frozen_parts_to_eval(model: FlorenceVLModel) -> None:
-    """Put parts without trained parameters into evaluation mode, so that they have no dropout or stochastic depth."""
-    for part in (model.vision_tower, model.multi_modal_projector, model.language_model):
-        if not is_trained(part):
-            part.eval()
-    # Gradients of the projector pass through a frozen language model, and only layers in training mode are
-    # checkpointed. The modules of these layers, such as dropout, keep their mode.
-    for layer in model.language_model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.training = model.training
+    _set_frozen_parts_to_eval(register_training_hook(model))
+    return log_trained(model, f"Stage {stage}")
 
 
 def count_trained(model: nn.Module) -> dict[str, int]:
@@ -97,8 +78,82 @@ def count_trained(model: nn.Module) -> dict[str, int]:
     return trained
 
 
-def log_trained(model: nn.Module, name: str) -> None:
-    """Log which parts of a model are trained and which are frozen, under a name."""
+def log_trained(model: nn.Module, name: str) -> dict[str, int]:
+    """Log which parts of a model are trained, under a name, and return the number of trained parameters of each."""
     trained = count_trained(model)
     parts = [f"{part} {f'trained, {trained[part]:,} parameters' if part in trained else 'frozen'}" for part in PARTS]
     logger.info(f"{name}: {'; '.join(parts)}.")
+    return trained
+
+
+def register_training_hook(model: nn.Module) -> FlorenceVLModel:
+    """
+    Prepare the forward pass of a model for training.
+
+    `set_trainable` and `FlorenceVLTrainer` call this. With another trainer, call it for a model with adapters, and
+    with ZeRO-3 once more after DeepSpeed has wrapped the model.
+
+    1. In training mode, frozen parts stay in evaluation mode: `Trainer` calls `model.train()` before each step.
+    2. A batch without images also encodes one black image, whose features are added with weight zero: in training, so
+       that the same parameters have gradients (of zero) in every process; and wherever weights are sharded, so that
+       every process gathers the same weights. Otherwise processes with and without images wait for each other forever.
+
+    Args:
+        model (`nn.Module`): A Florence-VL model, with or without adapters, wrapped or not.
+
+    Returns:
+        `FlorenceVLModel`: The module with the hook.
+    """
+    inner = next((module for module in model.modules() if isinstance(module, FlorenceVLModel)), None)
+    if inner is None:
+        raise ValueError(f"Got a {type(model).__name__}, expected a Florence-VL model.")
+    # Once, and last: DeepSpeed records the order of modules in hooks, which must run before this one encodes an image.
+    for key in [key for key, hook in inner._forward_pre_hooks.items() if hook is _before_forward]:
+        del inner._forward_pre_hooks[key], inner._forward_pre_hooks_with_kwargs[key]
+    inner.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    return inner
+
+
+def _before_forward(
+    model: FlorenceVLModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if model.training:
+        _set_frozen_parts_to_eval(model)
+    has_images = kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs")
+    # A decoding step has no images in any process.
+    is_decoding = kwargs.get(CACHE) is not None and kwargs[CACHE].get_seq_length() > 0
+    has_gradients = model.training and (_is_trained(model.vision_tower) or _is_trained(model.multi_modal_projector))
+    if has_images or is_decoding or not (has_gradients or _is_sharded(model)):
+        return None
+    # The vision tower before the embeddings, as in batches with images: all processes gather weights in one order.
+    # Not the tower's `dtype`: layers that FSDP shards are stored in float32 and compute in another dtype.
+    weight = next(model.vision_tower.backbone.convs.parameters())
+    pixel_values = torch.zeros((1, *model.vision_tower.image_shape), dtype=weight.dtype, device=weight.device)
+    feature = model.get_image_features(pixel_values, return_dict=True).pooler_output[0][:1]  # (1, text_hidden_size)
+    inputs_embeds = kwargs.get("inputs_embeds")
+    if inputs_embeds is None:
+        inputs_embeds = model.get_input_embeddings()(kwargs["input_ids"])
+    inputs_embeds = inputs_embeds + 0 * feature.to(inputs_embeds.device, inputs_embeds.dtype)
+    return args, {**kwargs, "input_ids": None, "inputs_embeds": inputs_embeds}
+
+
+def _is_sharded(model: FlorenceVLModel) -> bool:
+    # Not Transformers' `is_fsdp_enabled`, which is about FSDP1 with `cpu_ram_efficient_loading`.
+    is_fsdp = any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
+    return is_fsdp or is_deepspeed_zero3_enabled()
+
+
+def _set_frozen_parts_to_eval(model: FlorenceVLModel) -> None:
+    """Put parts without trained parameters into evaluation mode, so that they have no dropout or stochastic depth."""
+    for part in (model.vision_tower, model.multi_modal_projector, model.language_model):
+        if not _is_trained(part):
+            part.eval()
+    # Gradients of the projector pass through a frozen language model, and only layers in training mode are
+    # checkpointed. The modules of these layers, such as dropout, keep their mode.
+    for layer in model.language_model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = model.training
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())

@@ -1,14 +1,13 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Transformers' `Trainer` with learning rates per part of the model, and generated answers in evaluation."""
 
+from collections import defaultdict
 from collections.abc import Callable
-from itertools import chain, islice, repeat
-from math import ceil
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -16,8 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from .arguments import FlorenceVLTrainingArguments
 from .collator import IGNORED_LABEL, FlorenceVLCollator
-from .stages import part_of
-from .training_hook import register_training_hook
+from .stages import part_of, register_training_hook
 
 
 # Takes a list of answers and a list of references, and returns a dict of floats.
@@ -66,6 +64,8 @@ class FlorenceVLTrainer(Trainer):
 
     args: FlorenceVLTrainingArguments
     data_collator: FlorenceVLCollator
+    # Writes the model card instead of `Trainer`, if set.
+    write_card: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -78,43 +78,35 @@ class FlorenceVLTrainer(Trainer):
         kwargs.setdefault("processing_class", data_collator.processor)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         self.answer_metric = answer_metric
-        # Writes the model card instead of `Trainer`, if set.
-        self.write_card: Callable[[], None] | None = None
         if args.label_smoothing_factor:
-            raise ValueError(
-                "Got `label_smoothing_factor`, which `Trainer` would apply to labels that are not shifted: the model "
-                "would learn to repeat its input. Remove it."
-            )
+            # `Trainer` would apply it to labels that are not shifted: the model would learn to repeat its input.
+            raise ValueError("Got `label_smoothing_factor`, which is not supported; remove it.")
         if args.predict_with_generate and is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "Got `predict_with_generate` with ZeRO-3, where processes with and without images wait for each other "
-                "forever; use ZeRO-2 or FSDP2, or evaluate the saved model."
-            )
+            # Processes with and without images would wait for each other forever.
+            raise ValueError("Got `predict_with_generate` with ZeRO-3, which is not supported; use ZeRO-2 or FSDP2.")
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As in `Trainer`, with parameter groups by part of the model if a part has its own learning rate."""
         rates = {"projector": self.args.projector_learning_rate, "vision_tower": self.args.vision_tower_learning_rate}
         if any(rate is not None for rate in rates.values()) and self.optimizer_cls_and_kwargs is None:
             model = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(model))
+            parameters = defaultdict(list)
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameters[part_of(name), name in decayed].append(parameter)
+            groups = [
+                {
+                    "params": of_group,
+                    "weight_decay": self.args.weight_decay if is_decayed else 0.0,
+                    "lr": self.args.learning_rate if rates.get(part) is None else rates[part],
+                }
+                for (part, is_decayed), of_group in parameters.items()
+            ]
             optimizer_cls, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
             # Some optimizers have parameter groups of their own.
-            optimizer_kwargs = {"params": self.parameter_groups(model, rates), **optimizer_kwargs}
-            self.optimizer_cls_and_kwargs = (optimizer_cls, optimizer_kwargs)
+            self.optimizer_cls_and_kwargs = (optimizer_cls, {"params": groups, **optimizer_kwargs})
         return super().create_optimizer(model)
-
-    def parameter_groups(self, model: torch.nn.Module, rates: dict[str, float | None]) -> list[dict[str, Any]]:
-        """Group the trained parameters of a model by part, and by whether weight decay applies to them."""
-        decayed = set(self.get_decay_parameter_names(model))
-        groups: dict[tuple[str, bool], dict[str, Any]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                part, is_decayed = part_of(name), name in decayed
-                group = groups.setdefault((part, is_decayed), {"params": []})
-                group["params"].append(parameter)
-                group["weight_decay"] = self.args.weight_decay if is_decayed else 0.0
-                if (rate := rates.get(part)) is not None:
-                    group["lr"] = rate
-        return list(groups.values())
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
         """As in `Trainer`, without another step when a run that had ended is resumed."""
@@ -129,37 +121,28 @@ class FlorenceVLTrainer(Trainer):
         """As in `Trainer`; the loss of a batch without labels, whose samples are all broken, is zero, not NaN."""
         # Here the model is wrapped, in training and in evaluation.
         register_training_hook(model)
-        if num_items_in_batch is None:
-            if not inputs["labels"][..., 1:].ne(IGNORED_LABEL).any():
-                num_items_in_batch = 1
-        else:
+        if num_items_in_batch is not None:
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        elif not inputs["labels"][..., 1:].ne(IGNORED_LABEL).any():
+            num_items_in_batch = 1
         # Outputs and other losses than the model's own require the logits of all positions.
         if self.compute_loss_func is None and not return_outputs and self.args.n_gpu <= 1:
             inputs = {**inputs, **learned_positions(inputs["labels"])}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As in `Trainer`; with `predict_with_generate`, also generate answers and measure them."""
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if self.args.predict_with_generate:
-            measured = self.answer_metric(*self.generate_answers(dataloader.dataset))
-            try:
-                # Logs cannot hold the floats of numpy or torch.
-                metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in measured.items()}
-            except (AttributeError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"The answer metric returned {measured!r}, expected a dict of floats, such as {{'accuracy': 0.5}}."
-                ) from error
-            output = output._replace(metrics={**(output.metrics or {}), **metrics})
-        return output
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        if not self.args.predict_with_generate:
+            return output
+        measured = self.answer_metric(*self.generate_answers(dataloader.dataset))
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        try:
+            # Logs cannot hold the floats of numpy or torch.
+            metrics = {f"{prefix}_{name}": float(value) for name, value in measured.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"The answer metric returned {measured!r}, expected a dict of floats.") from error
+        return output._replace(metrics={**(output.metrics or {}), **metrics})
 
     def generate_answers(self, dataset: Any) -> tuple[list[str], list[str]]:
         """
@@ -171,25 +154,18 @@ class FlorenceVLTrainer(Trainer):
         Returns:
             `tuple[list[str], list[str]]`: Generated answers and references, without those of broken samples.
         """
-        model = self.accelerator.unwrap_model(self.model).eval()
-        prompts = DataLoader(
-            Subset(dataset, range(self.args.process_index, len(dataset), self.args.world_size)),
-            batch_size=self.args.eval_batch_size,
-            collate_fn=self.data_collator.prompts,
-            num_workers=self.args.dataloader_num_workers,
-        )
-        # As many as in the first process, which has the most.
-        num_batches = ceil(ceil(len(dataset) / self.args.world_size) / self.args.eval_batch_size)
-        batches = islice(chain(prompts, repeat(({}, []))), num_batches)
+        model, processor = self.accelerator.unwrap_model(self.model).eval(), self.data_collator.processor
         pairs: list[tuple[str, str]] = []
-        for inputs, references in tqdm(batches, "Answering", num_batches, disable=self.args.disable_tqdm, leave=False):
+        # All processes generate equally often: where weights are sharded, they wait for each other.
+        num_samples = self.args.eval_batch_size * self.args.world_size
+        for start in tqdm(range(0, len(dataset), num_samples), "Answering", disable=self.args.disable_tqdm):
+            stop = min(start + num_samples, len(dataset))
+            indices = range(start + self.args.process_index, stop, self.args.world_size)
+            inputs, references = self.data_collator.prompts([dataset[i] for i in indices])
             if not references:
-                if not self.is_fsdp_enabled:
-                    continue
-                # The other processes wait for the weights of this one, which generates from an empty prompt.
-                inputs = {"input_ids": torch.tensor([[self.data_collator.processor.tokenizer.eos_token_id]])}
+                inputs = {"input_ids": torch.tensor([[processor.tokenizer.eos_token_id]])}
             inputs = self._prepare_inputs(inputs)
-            with torch.no_grad(), self.compute_loss_context_manager():
+            with self.compute_loss_context_manager():
                 output_ids = model.generate(
                     **inputs,
                     max_new_tokens=self.args.generation_max_new_tokens,
@@ -198,10 +174,10 @@ class FlorenceVLTrainer(Trainer):
                     # Transformers detects that weights are sharded by ZeRO-3, but not by FSDP2.
                     synced_gpus=self.is_fsdp_enabled,
                 )
-            answers = self.data_collator.processor.batch_decode(
-                output_ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            new_ids = output_ids[:, inputs["input_ids"].shape[1] :]
+            pairs += zip(
+                processor.batch_decode(new_ids, skip_special_tokens=True), references, strict=bool(references)
             )
-            pairs += zip(answers, references, strict=bool(references))
         pairs = gather_object(pairs)
         return [answer for answer, _ in pairs], [reference for _, reference in pairs]
 

@@ -6,28 +6,35 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import accelerate
+import peft
 import torch
+import transformers
 from datasets import Dataset
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import set_seed
+from transformers.modelcard import extract_hyperparameters_from_trainer
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from ..conversion import load_pretrained
+from ..model_cards import TrainedCard, Training, hub_id, public_name, write_card
 from ..modeling import FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
-from .adapters import lora_config, quantization_config
+from .adapters import check_model_type, lora_config, quantization_config
 from .arguments import DataArguments, FlorenceVLTrainingArguments, ModelArguments, parse_recipe
-from .base_model import check_model_type
 from .checkpoints import last_complete_checkpoint
 from .collator import FlorenceVLCollator
 from .data_loading import load_conversations, with_lengths
 from .samples import SampleError
-from .stages import STAGES, log_trained, set_trainable
+from .stages import STAGES, count_trained, log_trained, set_trainable
 from .trainer import AnswerMetric, FlorenceVLTrainer, exact_match
-from .training_card import write_training_card
 
 
 logger = logging.get_logger(__name__)
+
+# Measurements of an evaluation that are not results.
+NOT_RESULTS = ("model_preparation_time", "runtime", "samples_per_second", "steps_per_second")
 
 
 def train(recipe: dict[str, Any]) -> dict[str, float]:
@@ -49,10 +56,12 @@ def train(recipe: dict[str, Any]) -> dict[str, float]:
     """
     model_arguments, data_arguments, args = parse_recipe(recipe)
     answer_metric = load_answer_metric(args.answer_metric)
-    check_model_type(model_arguments.model_name_or_path)
+    check_model_type(model_arguments.model_name_or_path)  # TEMP
+    if args.eval_strategy != "no" and not data_arguments.eval_files:
+        raise ValueError("Got an `eval_strategy` but no `eval_file`; add one.")
     set_seed(args.seed)
     with args.main_process_first(desc="reading the data"):
-        train_dataset, eval_datasets = load_datasets(data_arguments, args)
+        train_dataset, eval_datasets = load_datasets(data_arguments)
     model, processor = load_model(model_arguments, data_arguments, args)
     if args.train_sampling_strategy == "group_by_length":
         with args.main_process_first(desc="computing lengths"):
@@ -66,28 +75,22 @@ def train(recipe: dict[str, Any]) -> dict[str, float]:
         train_dataset=train_dataset,
         eval_dataset=eval_datasets.get(None, eval_datasets or None),
     )
-    metrics = _train_or_resume(trainer)
+    metrics = train_or_resume(trainer)
     evaluations = {}
     for name, dataset in eval_datasets.items():
         prefix = "eval" if name is None else f"eval_{name}"
         measured = _last_evaluation(trainer, prefix) or trainer.evaluate(dataset, metric_key_prefix=prefix)
-        evaluations[name or "evaluation"] = {
-            key.removeprefix(f"{prefix}_"): value for key, value in measured.items() if key.startswith(prefix)
-        }
+        results = {key.removeprefix(f"{prefix}_"): value for key, value in measured.items() if key.startswith(prefix)}
+        evaluations[name or "evaluation"] = {key: results[key] for key in results if key not in NOT_RESULTS}
         metrics.update(measured)
 
     trainer.save_model()
     trainer.save_state()
     trainer.log_metrics("all", metrics)
     trainer.save_metrics("all", metrics)
+    counts = {"num_samples": len(train_dataset), "num_skipped": trainer.total_skipped()}
     trainer.write_card = partial(
-        write_training_card,
-        trainer,
-        model_arguments,
-        data_arguments,
-        num_samples=len(train_dataset),
-        num_skipped=trainer.total_skipped(),
-        evaluations=evaluations,
+        write_training_card, trainer, model_arguments, data_arguments, **counts, evaluations=evaluations
     )
     trainer.create_model_card()
     logger.info(f"Saved the model, its processor and its model card to {args.output_dir}.")
@@ -97,59 +100,55 @@ def train(recipe: dict[str, Any]) -> dict[str, float]:
 
 
 def load_answer_metric(name: str) -> AnswerMetric:
-    """Return the metric of generated answers that a recipe names."""
+    """Import the metric of generated answers that a recipe names."""
     if name == "exact_match":
         return exact_match
     try:
         return resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"Got `answer_metric: {name}`, which cannot be imported ({error}); expected exact_match or "
-            f"package.module:function, whose module is on PYTHONPATH."
+            f"Got `answer_metric: {name}`, expected exact_match or package.module:function on PYTHONPATH ({error})."
         ) from error
 
 
-def load_datasets(
-    data_arguments: DataArguments, args: FlorenceVLTrainingArguments
-) -> tuple[Dataset, dict[str | None, Dataset]]:
+def load_datasets(data_arguments: DataArguments) -> tuple[Dataset, dict[str | None, Dataset]]:
     """Return the training set, and the evaluation sets by name."""
-    for directory in filter(None, (data_arguments.image_folder, data_arguments.eval_image_folder)):
+    image_folder = data_arguments.image_folder
+    eval_image_folder = data_arguments.eval_image_folder or image_folder
+    for directory in filter(None, (image_folder, eval_image_folder)):
         if not Path(directory).is_dir():
             raise ValueError(f"There is no image directory {directory}; give the one that paths are relative to.")
-    if args.eval_strategy != "no" and not data_arguments.eval_files:
-        raise ValueError("Got an `eval_strategy` but no `eval_file`; add one.")
-    train_dataset = load_conversations(
-        data_arguments.train_file, data_arguments.image_folder, data_arguments.train_split
-    )
-    image_folder = data_arguments.eval_image_folder or data_arguments.image_folder
     eval_datasets = {
-        name: load_conversations(file, image_folder, data_arguments.eval_split)
+        name: load_conversations(file, eval_image_folder, data_arguments.eval_split)
         for name, file in data_arguments.eval_files.items()
     }
-    return train_dataset, eval_datasets
+    return load_conversations(data_arguments.train_file, image_folder, data_arguments.train_split), eval_datasets
 
 
 def load_model(
     model_arguments: ModelArguments, data_arguments: DataArguments, args: FlorenceVLTrainingArguments
 ) -> tuple[FlorenceVLForConditionalGeneration | PeftModel, FlorenceVLProcessor]:
     """Load the model, whose stage's parts are trained, with LoRA if requested, and its processor."""
-    dtype = getattr(torch, model_arguments.dtype)
-    num_bits = model_arguments.num_bits
-    quantization: dict[str, Any] = {}
-    if num_bits is not None:
-        quantization["quantization_config"] = quantization_config(num_bits, dtype)
+    dtype, num_bits = getattr(torch, model_arguments.dtype), model_arguments.num_bits
     (model, loading), processor = load_pretrained(
         model_arguments.model_name_or_path,
         chat_template=data_arguments.chat_template,
         dtype=dtype,
         attn_implementation=model_arguments.attn_implementation,
-        # A fused feature of another width requires another first layer of the projector, see `_check_loading`.
-        ignore_mismatched_sizes=True,
+        quantization_config=None if num_bits is None else quantization_config(num_bits, dtype),
+        # A fused feature of another width requires another first layer of the projector.
+        ignore_mismatched_sizes=bool(model_arguments.fusion_changes),
         output_loading_info=True,
         **model_arguments.fusion_changes,
-        **quantization,
     )
-    _check_loading(model_arguments, loading)
+    trains_projector = "projector" in STAGES[model_arguments.stage]
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"{model_arguments.model_name_or_path} lacks {missing[0]}; give a complete model.")
+    if loading["mismatched_keys"]:
+        is_new = "The first layer of the projector is new, since the fused feature has another width"
+        if not trains_projector:
+            raise ValueError(f"{is_new}, but stage {model_arguments.stage!r} does not train it; choose `projector`.")
+        logger.warning(f"{is_new}.")
     if data_arguments.do_pad is not None:
         processor.image_processor.do_pad = data_arguments.do_pad
     if num_bits is not None:
@@ -159,63 +158,28 @@ def load_model(
             gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
         )
     if model_arguments.use_peft:
-        lora = lora_config(
-            model,
-            rank=model_arguments.lora_r,
-            alpha=model_arguments.lora_alpha,
-            dropout=model_arguments.lora_dropout,
-            train_projector="projector" in STAGES[model_arguments.stage],
-        )
-        model = get_peft_model(model, lora)
+        lora = (model_arguments.lora_r, model_arguments.lora_alpha, model_arguments.lora_dropout)
+        model = get_peft_model(model, lora_config(model, *lora, train_projector=trains_projector))
         log_trained(model, f"Stage {model_arguments.stage} with LoRA")
     else:
         set_trainable(model, model_arguments.stage)
     return model, processor
 
 
-def _check_loading(model_arguments: ModelArguments, loading: dict[str, Any]) -> None:
-    """Refuse an incomplete model. With another fusion, the projector's first layer may be new."""
-    mismatched = {name for name, *_ in loading["mismatched_keys"]}
-    new = {name for name in mismatched if model_arguments.fusion_changes and "multi_modal_projector.layers.0." in name}
-    if wrong := sorted({*loading["missing_keys"], *mismatched} - new):
-        raise ValueError(
-            f"{len(wrong)} tensors of {model_arguments.model_name_or_path}, such as {wrong[0]}, are missing or have "
-            f"another shape; give a complete model."
-        )
-    if new and "projector" not in STAGES[model_arguments.stage]:
-        raise ValueError(
-            f"The first layer of the projector is new, since the fused feature has another width, but stage "
-            f"{model_arguments.stage!r} does not train it; choose one that does, such as `projector`."
-        )
-    if new:
-        logger.warning("The first layer of the projector is new, since the fused feature has another width.")
-
-
-def _train_or_resume(trainer: FlorenceVLTrainer) -> dict[str, float]:
-    """Train, from the last complete checkpoint if there is one, and return the metrics."""
+def train_or_resume(trainer: FlorenceVLTrainer) -> dict[str, float]:
+    """Train, from a checkpoint if there is one, and return the metrics."""
     args = trainer.args
-    checkpoint: Path | None
-    if args.resume_from_checkpoint is not None:
-        checkpoint = Path(args.resume_from_checkpoint)
-        if not checkpoint.is_dir():
-            raise ValueError(f"There is no checkpoint {checkpoint}; correct `resume_from_checkpoint`.")
-    else:
-        checkpoint = last_complete_checkpoint(str(args.output_dir))
-        if checkpoint is not None and not args.auto_resume:
-            raise ValueError(
-                f"{args.output_dir} has {checkpoint.name} of another run, but `auto_resume` is false; choose another "
-                f"`output_dir`, or remove its checkpoints."
-            )
+    checkpoint = args.resume_from_checkpoint or last_complete_checkpoint(str(args.output_dir))
     if checkpoint is None:
         return trainer.train().metrics
+    if not (args.auto_resume or args.resume_from_checkpoint):
+        raise ValueError(f"There is {checkpoint} of another run; choose another `output_dir`, or set `auto_resume`.")
     logger.info(f"Resuming from {checkpoint}.")
     try:
         return trainer.train(resume_from_checkpoint=str(checkpoint)).metrics
-    except SampleError:
-        raise
     except (KeyError, RuntimeError, ValueError) as error:
-        _, _, step = checkpoint.name.rpartition("-")
-        if not step.isdigit() or trainer.state.global_step > int(step):
+        step = str(checkpoint).rpartition("-")[2]
+        if isinstance(error, SampleError) or not step.isdecimal() or trainer.state.global_step > int(step):
             raise
         raise ValueError(
             f"The run cannot resume from {checkpoint}: {error}. If the recipe changed, choose another `output_dir`."
@@ -228,3 +192,59 @@ def _last_evaluation(trainer: FlorenceVLTrainer, prefix: str) -> dict[str, float
         return None
     of_last_step = (entry for entry in trainer.state.log_history if entry["step"] == trainer.state.global_step)
     return next((entry for entry in of_last_step if f"{prefix}_loss" in entry), None)
+
+
+def write_training_card(
+    trainer: FlorenceVLTrainer,
+    model_arguments: ModelArguments,
+    data_arguments: DataArguments,
+    num_samples: int,
+    num_skipped: int,
+    evaluations: dict[str, dict[str, float]],
+) -> None:
+    """Write the model card of a trained model, or adapter, to the `output_dir` of its trainer."""
+    args, state, output_dir = trainer.args, trainer.state, Path(str(trainer.args.output_dir))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    lora_parameters = sum(size for name, size in sizes.items() if "lora_" in name)
+    copied_parameters = sum(size for name, size in sizes.items() if "modules_to_save" in name)
+    trained = count_trained(model)
+    if lora_parameters:
+        trained["language_model"] -= lora_parameters
+    settings = extract_hyperparameters_from_trainer(trainer)
+    settings["optimizer"] = OptimizerNames(args.optim).value
+    if "adam" in settings["optimizer"]:
+        settings["optimizer"] += f", betas ({args.adam_beta1}, {args.adam_beta2}), epsilon {args.adam_epsilon}"
+    settings |= {name: getattr(args, name) for name in ("projector_learning_rate", "vision_tower_learning_rate")}
+    if model_arguments.use_peft:
+        settings |= {name: getattr(model_arguments, name) for name in ("lora_r", "lora_alpha", "lora_dropout")}
+        settings["bits per frozen weight"] = model_arguments.num_bits
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    training = Training(
+        stage=model_arguments.stage,
+        trained_parameters={part: number for part, number in trained.items() if number},
+        lora_parameters=lora_parameters,
+        dataset=public_name(data_arguments.train_file),
+        num_samples=num_samples,
+        num_skipped=num_skipped,
+        num_steps=state.global_step,
+        num_epochs=state.epoch or 0,
+        best_step=state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else None,
+        last_loss=losses[-1] if losses else None,
+        max_length=data_arguments.max_length,
+        settings={name: value for name, value in settings.items() if value is not None},
+        versions={module.__name__: str(module.__version__) for module in (transformers, torch, accelerate, peft)},
+        evaluations=evaluations,
+    )
+    dataset = hub_id(data_arguments.train_file)
+    card = TrainedCard(
+        name=args.hub_model_id or output_dir.name,
+        config=model.config,
+        processor=trainer.data_collator.processor,
+        base=model_arguments.model_name_or_path,
+        training=training,
+        num_parameters=sum(sizes.values()) - lora_parameters - copied_parameters,
+        is_adapter=model_arguments.use_peft,
+        datasets=[dataset] if dataset else [],
+    )
+    write_card(output_dir, card)
