@@ -12,7 +12,7 @@ Source: Chen et al., "Florence-VL: Enhancing Vision-Language Models with Generat
 Fusion", CVPR 2025 (arXiv 2412.04424).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -283,7 +283,7 @@ class FlorenceVLImageProjection(Florence2MultiModalProjector):
     The layers are those of Florence-2; any choice and order of `image_feature_source` is supported.
     """
 
-    def __init__(self, config: Florence2Config, image_feature_source: list[str] | tuple[str, ...]) -> None:
+    def __init__(self, config: Florence2Config, image_feature_source: Sequence[str]) -> None:
         super().__init__(config)
         self.image_feature_source = list(image_feature_source)
 
