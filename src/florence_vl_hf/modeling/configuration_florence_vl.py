@@ -156,6 +156,8 @@ class FlorenceVLConfig(PreTrainedConfig):
         fusion_features: list[str]
         prompts: dict[str, str]
         prompt_token_ids: dict[str, list[int]]
+
+        def __init__(self, **kwargs: Any) -> None: ...
     else:
         fusion_features: list[str] | tuple[str, ...] | None = None
         prompts: dict[str, str] | None = None
