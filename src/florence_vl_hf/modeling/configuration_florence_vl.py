@@ -9,7 +9,7 @@
 """Configuration of Florence-VL. Every number that the model and the processor share is derived here."""
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, Florence2Config, PreTrainedConfig
@@ -79,7 +79,7 @@ LLAMA_3_1_8B = {
 }
 
 
-ImageFeatureSource = Literal["spatial_avg_pool", "temporal_avg_pool", "last_frame"]
+IMAGE_FEATURE_SOURCES = ("spatial_avg_pool", "temporal_avg_pool", "last_frame")
 
 # Written into every config.json: the module and class of each Auto class, for `trust_remote_code=True`.
 AUTO_MAP = {
@@ -147,10 +147,7 @@ class FlorenceVLConfig(PreTrainedConfig):
     text_config: Any = None
     image_token_id: int = 128257
     image_size: int = 768
-    image_feature_source: list[ImageFeatureSource] | tuple[ImageFeatureSource, ...] = (
-        "spatial_avg_pool",
-        "temporal_avg_pool",
-    )
+    image_feature_source: list[str] | tuple[str, ...] = ("spatial_avg_pool", "temporal_avg_pool")
     fusion_strategy: Literal["channel", "token", "average"] = "channel"
     if TYPE_CHECKING:  # after `__post_init__`, which replaces `None`
         fusion_features: list[str]
@@ -248,8 +245,11 @@ class FlorenceVLConfig(PreTrainedConfig):
                 f"`vision_config.vision_config.projection_dim` is {davit.projection_dim} but "
                 f"`vision_config.text_config.d_model` is {bart.d_model}; make them equal."
             )
-        if not self.image_feature_source:
-            raise ValueError(f"`image_feature_source` is empty; give at least one of {get_args(ImageFeatureSource)}.")
+        if not self.image_feature_source or not set(self.image_feature_source) <= set(IMAGE_FEATURE_SOURCES):
+            raise ValueError(
+                f"`image_feature_source` is {list(self.image_feature_source)}; give at least one of "
+                f"{', '.join(IMAGE_FEATURE_SOURCES)}."
+            )
         if self.feature_grid_size < 1:
             raise ValueError(
                 f"`image_size` is {self.image_size}, which leaves no feature map: DaViT divides it by about "
