@@ -252,6 +252,7 @@ class TestForward:
         assert_close(model(**inputs, logits_to_keep=2).logits, logits[:, -2:])
         assert_close(model(**inputs, logits_to_keep=torch.tensor([3, 5])).logits, logits[:, [3, 5]])
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
     def test_attention_implementations_agree(self, implementation):
         model = tiny_model()
@@ -272,6 +273,7 @@ class TestForward:
         assert tower.encoder.config._attn_implementation == "eager"
         assert model.model.language_model.config._attn_implementation == "sdpa"
 
+    @pytest.mark.slow
     def test_compiles_to_one_graph(self):
         model = tiny_model()
         inputs = tiny_inputs(model.config, [1, 1])
