@@ -3,31 +3,30 @@
 
 import copy
 import json
-import math
 import os
-from collections import Counter
-from contextlib import nullcontext
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, TextIO
+from typing import Any, TextIO
 
 import datasets
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers.processing_utils import ImagesKwargs
 
 from ..processing import FlorenceVLProcessor, load_chat_template
 from .collator import IGNORED_LABEL, FlorenceVLCollator
-from .samples import Message, Problem, SampleError, open_image, read_sample
+from .samples import Problem, SampleError, open_image, read_sample
 
 
 # Reported, but not an error.
-NOTES = {Problem.TOO_LONG: "training truncates them"}
+NOTES = {Problem.TOO_LONG: " (training truncates them)"}
 SAMPLES_PER_BATCH = 16
-HISTOGRAM_ROWS = 16
-HISTOGRAM_WIDTH = 40
-QUANTILES = {"median": 0.5, "90 %": 0.9, "99 %": 0.99}
+QUANTILES = {"shortest": 0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1}
+# Settings of an image processor that does nothing, where only tokens are needed.
+UNPROCESSED = {"do_resize": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False}
 
 
 @dataclass
@@ -62,7 +61,7 @@ class DataReport:
     turns: Counter[int] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
     problems: Counter[Problem] = field(default_factory=Counter)
-    examples: dict[Problem, list[str]] = field(default_factory=dict)
+    examples: dict[Problem, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def is_sound(self) -> bool:
@@ -78,10 +77,10 @@ class DataReport:
         if check.num_tokens is not None:
             self.lengths[check.num_tokens] += 1
         for error in check.problems:
+            error.sample_id = check.id
             self.problems[error.problem] += 1
-            examples = self.examples.setdefault(error.problem, [])
-            if len(examples) < self.num_examples:
-                examples.append(str(error))
+            if self.problems[error.problem] <= self.num_examples:
+                self.examples[error.problem].append(str(error))
 
 
 def check_data(
@@ -109,6 +108,13 @@ def check_data(
     Raises:
         FileExistsError: If `report_file` is another file, such as the data.
     """
+    collator = None
+    if processor is not None:
+        if chat_template is not None and "{" not in chat_template:
+            chat_template = load_chat_template(chat_template, processor.tokenizer, processor.image_token)
+        processor = copy.copy(processor)
+        processor.chat_template = chat_template or processor.chat_template
+        collator = FlorenceVLCollator(processor)
     if num_workers is None:
         num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     batches = DataLoader(
@@ -116,111 +122,78 @@ def check_data(
         batch_size=SAMPLES_PER_BATCH,
         # Starting a process takes longer than reading a few samples.
         num_workers=min(num_workers, len(dataset) // SAMPLES_PER_BATCH),
-        collate_fn=_SampleChecker(processor, max_length, chat_template),
+        collate_fn=partial(_check_samples, collator=collator, max_length=max_length),
     )
-    report = DataReport(max_length=max_length, num_examples=num_examples)
-    with (
-        nullcontext() if report_file is None else _open_report(Path(report_file)) as file,
-        tqdm(total=len(dataset), desc="Samples", leave=False) as progress,
-    ):
-        for checks in batches:
-            for check in checks:
-                report.add(check)
-                lines = [{"id": check.id, "problem": error.problem, "message": str(error)} for error in check.problems]
-                if file is not None:
-                    file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            progress.update(len(checks))
+    report = DataReport(max_length, num_examples)
+    checks = (check for batch in batches for check in batch)
+    with _open_report(Path(report_file or os.devnull)) as file:
+        for check in tqdm(checks, desc="Samples", total=len(dataset), leave=False):
+            report.add(check)
+            for error in check.problems:
+                line = {"id": check.id, "problem": error.problem, "message": str(error)}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
     return report
 
 
 def _open_report(path: Path) -> TextIO:
-    if path.exists() and path.stat().st_size:
-        try:
-            with open(path, encoding="utf-8") as file:
-                is_report = json.loads(file.readline(1 << 20)).keys() == {"id", "problem", "message"}
-        except (ValueError, AttributeError):
-            is_report = False
-        if not is_report:
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            line = file.readline(1 << 20)
+        if line and not all(key in line for key in ('{"id": "', '", "problem": "', '", "message": "')):
             raise FileExistsError(f"{path} exists and is not a report; choose another file for the report.")
     return open(path, "w", encoding="utf-8")
 
 
-class _SampleChecker:
-    """Checks batches of samples, in the workers of a `DataLoader`."""
+def _check_samples(
+    samples: list[dict[str, Any]], collator: FlorenceVLCollator | None, max_length: int
+) -> list[SampleCheck]:
+    checks = [SampleCheck(sample["id"]) for sample in samples]
+    for sample, check in zip(samples, checks, strict=True):
+        check.problems = list(_find_problems(sample, check, collator, max_length))
+    return checks
 
-    def __init__(self, processor: FlorenceVLProcessor | None, max_length: int, chat_template: str | None) -> None:
-        self.max_length = max_length
-        self.collator = None
-        if processor is not None:
-            processor = copy.copy(processor)
-            processor.image_processor = _NoPixels()
-            if chat_template is not None and "{" not in chat_template:
-                chat_template = load_chat_template(chat_template, processor.tokenizer, processor.image_token)
-            processor.chat_template = chat_template or processor.chat_template
-            self.collator = FlorenceVLCollator(processor)
 
-    def __call__(self, samples: list[dict[str, Any]]) -> list[SampleCheck]:
-        return [self.check(sample) for sample in samples]
-
-    def check(self, sample: dict[str, Any]) -> SampleCheck:
-        check = SampleCheck(sample["id"])
+def _find_problems(
+    sample: dict[str, Any], check: SampleCheck, collator: FlorenceVLCollator | None, max_length: int
+) -> Iterator[SampleError]:
+    """Find all problems of a sample, and set the counts of `check`."""
+    try:
+        messages, images = read_sample(sample)
+    except SampleError as error:
+        yield error
+        return
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    check.num_images, check.num_turns = len(images), len(answers)
+    for image in images:
         try:
-            read = read_sample(sample)
-            check.num_images = len(read.images)
-            check.num_turns = sum(message["role"] == "assistant" for message in read.messages)
-            for image in read.images:
-                try:
-                    open_image(image)
-                except SampleError as error:
-                    check.problems.append(error)
-            self._check_tokens(read.messages, check)
+            open_image(image)
         except SampleError as error:
-            check.problems.append(error)
-        for problem in check.problems:
-            problem.sample_id = check.id
-        return check
-
-    def _check_tokens(self, messages: list[Message], check: SampleCheck) -> None:
-        answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        has_text = any(item["text"].strip() for answer in answers for item in answer)
-        nothing_to_learn = None if has_text else "No answer has any text; remove the sample."
-        if self.collator is not None:
-            blank = [Image.new("RGB", (1, 1))] * check.num_images
-            encoded = self.collator.encode({"messages": messages, "images": blank})
-            ids, labels = encoded["input_ids"].tolist(), encoded["labels"].tolist()
-            image_token_id, check.num_tokens = self.collator.processor.image_token_id, len(ids)
-            advice = f"{self.max_length:,} tokens; increase max_length, or remove the sample."
-            if ids[: self.max_length].count(image_token_id) < ids.count(image_token_id):
-                check.problems.append(SampleError(f"Its images do not fit into {advice}", Problem.IMAGES_TOO_LONG))
-            elif len(ids) > self.max_length:
-                reason = f"It has {len(ids):,} tokens, and is truncated to {advice}"
-                check.problems.append(SampleError(reason, Problem.TOO_LONG))
-            if set(labels) == {IGNORED_LABEL}:
-                nothing_to_learn = "The chat template has no {% generation %} around the answers; use one that has."
-            elif has_text and set(labels[: self.max_length]) == {IGNORED_LABEL}:
-                nothing_to_learn = f"Its first answer begins after {advice}"
-        if nothing_to_learn:
-            check.problems.append(SampleError(nothing_to_learn, Problem.NOTHING_TO_LEARN))
-
-
-class _NoPixels:
-    """Takes the place of an image processor where only tokens are needed."""
-
-    valid_kwargs = ImagesKwargs
-    model_input_names: ClassVar[list[str]] = []
-
-    def fetch_images(self, images: Any) -> Any:
-        return images
-
-    def __call__(self, images: Any, **kwargs: Any) -> dict[str, Any]:
-        return {}
+            yield error
+    has_text = any(item["text"].strip() for answer in answers for item in answer)
+    if not has_text:
+        yield SampleError("No answer has any text; remove the sample.", Problem.NOTHING_TO_LEARN)
+    if collator is None:
+        return
+    blank_images = [Image.new("RGB", (1, 1))] * len(images)
+    encoded = collator.encode({**sample, "images": blank_images}, **UNPROCESSED)
+    ids, labels = encoded["input_ids"].tolist(), encoded["labels"].tolist()
+    check.num_tokens = len(ids)
+    limit = f"{max_length:,} tokens; increase max_length, or remove the sample."
+    if collator.processor.image_token_id in ids[max_length:]:
+        yield SampleError(f"Its images do not fit into {limit}", Problem.IMAGES_TOO_LONG)
+    elif len(ids) > max_length:
+        yield SampleError(f"It has {len(ids):,} tokens, and is truncated to {limit}", Problem.TOO_LONG)
+    if has_text and set(labels) == {IGNORED_LABEL}:
+        reason = "The chat template has no {% generation %} around the answers; use one that has."
+        yield SampleError(reason, Problem.NOTHING_TO_LEARN)
+    elif has_text and set(labels[:max_length]) == {IGNORED_LABEL}:
+        yield SampleError(f"Its first answer begins after {limit}", Problem.NOTHING_TO_LEARN)
 
 
 def format_report(report: DataReport) -> str:
     """Format a report for a terminal."""
     num_parsed, num_without = report.turns.total(), report.images[0]
-    num_turns = sum(turns * count for turns, count in report.turns.items())
-    num_images = sum(images * count for images, count in report.images.items())
+    num_turns, num_images = sum(report.turns.elements()), sum(report.images.elements())
     unreadable = f", {report.num_samples - num_parsed:,} unreadable" if num_parsed < report.num_samples else ""
     lines = [
         f"{report.num_samples:,} samples: {num_parsed - num_without:,} with images ({num_images:,} images), "
@@ -229,34 +202,19 @@ def format_report(report: DataReport) -> str:
     ]
     for problem in Problem:
         if count := report.problems[problem]:
-            note = f" ({NOTES[problem]})" if problem in NOTES else ""
-            lines += ["", f"{problem}: {count:,}{note}", *(f"  {message}" for message in report.examples[problem])]
-            if (hidden := count - len(report.examples[problem])) > 0:
-                lines.append(f"  … and {hidden:,} more")
-    lines += ["", *_format_lengths(sorted(report.lengths.elements()), report.max_length), ""]
-    if report.is_sound:
-        lines.append(f"All {report.num_samples:,} samples are valid.")
-    else:
-        lines.append(f"{report.num_broken:,} of {report.num_samples:,} samples have problems.")
-    return "\n".join(lines)
-
-
-def _format_lengths(lengths: list[int], max_length: int) -> list[str]:
-    if not lengths:
-        return ["Lengths were not counted; set --model to count them with the model's tokenizer."]
-    total, longest = len(lengths), lengths[-1]
-    quantiles = [f"{name} {lengths[math.ceil(share * total) - 1]:,}" for name, share in QUANTILES.items()]
-    values = ", ".join([f"mean {sum(lengths) / total:,.0f}", *quantiles, f"longest {longest:,}"])
-    lines = [f"Tokens per sample: {values}; max_length is {max_length:,}."]
-    # The power of two that gives at most HISTOGRAM_ROWS rows.
-    width = 1 << (longest // HISTOGRAM_ROWS).bit_length()
-    bins = Counter(length // width for length in lengths)
-    highest = max(bins.values())
-    for row in range(min(bins), max(bins) + 1):
-        bar = "#" * math.ceil(HISTOGRAM_WIDTH * bins[row] / highest)
-        span = " - ".join(f"{value:>{len(f'{longest + width:,}')},}" for value in (row * width, (row + 1) * width - 1))
-        lines.append(f"  {span}  {bins[row]:>{len(f'{highest:,}')},}  {bar}".rstrip())
-    return lines
+            note, messages = NOTES.get(problem, ""), report.examples[problem]
+            lines += ["", f"{problem}: {count:,}{note}", *(f"  {message}" for message in messages)]
+            if count > len(messages):
+                lines.append(f"  … and {count - len(messages):,} more")
+    note = "Lengths were not counted; set --model to count them with the model's tokenizer."
+    if lengths := sorted(report.lengths.elements()):
+        values = {"mean": sum(lengths) / len(lengths)}
+        values |= {name: lengths[round(share * (len(lengths) - 1))] for name, share in QUANTILES.items()}
+        formatted = ", ".join(f"{name} {value:,.0f}" for name, value in values.items())
+        note = f"Tokens per sample: {formatted}; max_length is {report.max_length:,}."
+    lines += ["", note, ""]
+    broken = f"{report.num_broken:,} of {report.num_samples:,} samples have problems."
+    return "\n".join([*lines, f"All {report.num_samples:,} samples are valid." if report.is_sound else broken])
 
 
 __all__ = ["DataReport", "SampleCheck", "check_data", "format_report"]

@@ -64,15 +64,15 @@ class FlorenceVLCollator:
         Raises:
             SampleError: If a sample is broken and `on_error` is `raise`.
         """
-        encoded = self._skip_broken(samples, self.encode) or [self._empty_sample()]
-        pad_token_id = self.processor.tokenizer.pad_token_id
-        padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORED_LABEL}
+        tokenizer = self.processor.tokenizer
+        token = {"input_ids": tokenizer.eos_token_id, "attention_mask": 1, "labels": IGNORED_LABEL}
+        padding = {**token, "input_ids": tokenizer.pad_token_id, "attention_mask": 0}
+        encoded = self._read(samples, self.encode) or [{name: torch.tensor([i]) for name, i in token.items()}]
         batch = {
             name: pad_sequence([sample[name] for sample in encoded], batch_first=True, padding_value=value)
             for name, value in padding.items()
         }
-        pixel_values = [sample["pixel_values"] for sample in encoded if "pixel_values" in sample]
-        if pixel_values:
+        if pixel_values := [sample["pixel_values"] for sample in encoded if "pixel_values" in sample]:
             batch["pixel_values"] = torch.cat(pixel_values)
         return batch
 
@@ -83,11 +83,8 @@ class FlorenceVLCollator:
         Returns:
             `tuple[dict[str, torch.Tensor], list[str]]`: The inputs of `generate`, padded on the left, and the last
             answers. Both are empty if all samples are broken.
-
-        Raises:
-            SampleError: If a sample is broken and `on_error` is `raise`.
         """
-        conversations = self._skip_broken(samples, to_messages)
+        conversations = self._read(samples, to_messages)
         if not conversations:
             return {}, []
         inputs = self.processor.apply_chat_template(
@@ -101,41 +98,29 @@ class FlorenceVLCollator:
         answers = ["".join(item["text"] for item in messages[-1]["content"]) for messages in conversations]
         return dict(inputs), answers
 
-    def encode(self, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """
-        Encode one sample.
-
-        Returns:
-            `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `labels` of shape `(sequence_length,)`; with
-            images, `pixel_values` of shape `(num_images, 3, image_size, image_size)`.
-
-        Raises:
-            SampleError: If the sample is broken, or its images do not fit into `max_length`.
-        """
+    def encode(self, sample: dict[str, Any], **images_kwargs: Any) -> dict[str, torch.Tensor]:
+        """Encode one sample as a batch without its first dimension, or raise its `SampleError`."""
         encoded = self.processor.apply_chat_template(
             to_messages(sample),
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
             # Token ids as lists: Transformers walks through them to build the mask, which is slow with tensors.
-            processor_kwargs={"images_kwargs": {"return_tensors": "pt"}, "text_kwargs": {"verbose": False}},
+            processor_kwargs={
+                "images_kwargs": {"return_tensors": "pt", **images_kwargs},
+                "text_kwargs": {"verbose": False},
+            },
         )
-        image_token_id = self.processor.image_token_id
-        ids = encoded["input_ids"][0]
-        num_image_tokens = ids.count(image_token_id)
-        if ids[: self.max_length].count(image_token_id) != num_image_tokens:
-            reason = (
-                f"Its images take {num_image_tokens} tokens, which do not fit into {self.max_length} with the text "
-                f"before them; increase `max_length`, or remove the sample."
-            )
+        input_ids, is_answer = torch.tensor([*encoded["input_ids"], *encoded["assistant_masks"]])
+        if self.max_length is not None and self.processor.image_token_id in input_ids[self.max_length :]:
+            reason = f"Its images do not fit into {self.max_length} tokens; increase max_length, or remove the sample."
             raise SampleError(reason, Problem.IMAGES_TOO_LONG, sample_id(sample))
-        input_ids = torch.tensor(ids[: self.max_length])
-        is_answer = torch.tensor(encoded["assistant_masks"][0][: self.max_length], dtype=torch.bool)
-        labels = input_ids.masked_fill(~is_answer, IGNORED_LABEL)
+        labels = input_ids.masked_fill(is_answer == 0, IGNORED_LABEL)
         features = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+        features = {name: values[: self.max_length] for name, values in features.items()}
         return features | ({"pixel_values": encoded["pixel_values"]} if "pixel_values" in encoded else {})
 
-    def _skip_broken(self, samples: list[dict[str, Any]], read: Callable[[dict[str, Any]], T]) -> list[T]:
+    def _read(self, samples: list[dict[str, Any]], read: Callable[[dict[str, Any]], T]) -> list[T]:
         results = []
         for sample in samples:
             try:
@@ -147,11 +132,6 @@ class FlorenceVLCollator:
                     self._num_skipped.value += 1
                 logger.warning(f"Skipping a broken sample. {error}")
         return results
-
-    def _empty_sample(self) -> dict[str, torch.Tensor]:
-        input_ids = torch.tensor([self.processor.tokenizer.eos_token_id])
-        labels = torch.full_like(input_ids, IGNORED_LABEL)
-        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
 
 
 __all__ = ["IGNORED_LABEL", "FlorenceVLCollator", "OnError"]

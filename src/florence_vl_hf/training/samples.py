@@ -2,9 +2,11 @@
 """Samples to train on: LLaVA's format and the chat format are parsed into one type, and their images opened."""
 
 import os
+import re
+from dataclasses import dataclass
 from enum import StrEnum
 from io import BytesIO
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 from PIL import Image
 from transformers.image_utils import load_image
@@ -32,30 +34,22 @@ class Problem(StrEnum):
     TOO_LONG = "longer than max_length"
 
 
+@dataclass(eq=False)
 class SampleError(ValueError):
     """Raised for a sample that cannot be trained on. The message says which, what is wrong, and what to do."""
 
-    def __init__(self, reason: str, problem: Problem = Problem.MALFORMED, sample_id: str | None = None) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.problem = problem
-        self.sample_id = sample_id
+    reason: str
+    problem: Problem = Problem.MALFORMED
+    sample_id: str | None = None
 
     def __str__(self) -> str:
         return self.reason if self.sample_id is None else f"Sample {self.sample_id!r}: {self.reason}"
 
 
-class Message(TypedDict):
-    """A message as chat templates read it, with image tokens as items of their own."""
-
-    role: str
-    content: list[dict[str, Any]]
-
-
 class Sample(NamedTuple):
-    """A conversation with roles and image tokens checked, and one unopened image per image item."""
+    """Messages for chat templates, with image tokens as items of their own, and one unopened image per image item."""
 
-    messages: list[Message]
+    messages: list[dict[str, Any]]
     images: list[Any]
 
 
@@ -74,21 +68,16 @@ def to_messages(sample: dict[str, Any]) -> list[dict[str, Any]]:
         SampleError: If anything is wrong with the sample.
     """
     try:
-        read = read_sample(sample)
-        images = iter([open_image(image) for image in read.images])
+        messages, images = read_sample(sample)
+        opened = iter([open_image(image) for image in images])
     except SampleError as error:
         error.sample_id = sample_id(sample)
         raise
-    return [
-        {
-            "role": message["role"],
-            "content": [
-                {"type": "image", "image": next(images)} if item["type"] == "image" else item
-                for item in message["content"]
-            ],
-        }
-        for message in read.messages
-    ]
+
+    def with_image(item: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "image", "image": next(opened)} if item["type"] == "image" else item
+
+    return [{"role": turn["role"], "content": [with_image(item) for item in turn["content"]]} for turn in messages]
 
 
 def read_sample(sample: dict[str, Any]) -> Sample:
@@ -97,22 +86,40 @@ def read_sample(sample: dict[str, Any]) -> Sample:
         return parse_sample(sample)
     if sample["problem"] is not None:
         raise SampleError(sample["problem_message"], Problem(sample["problem"]))
-    return Sample(sample["messages"], _parse_images(sample))
+    return Sample(sample["messages"], _list_images(sample))
 
 
-def parse_sample(raw: Any, num_images: int | None = None) -> Sample:
-    """Parse and check a sample in LLaVA's or chat format. `num_images` counts images that `raw` does not hold."""
-    if not isinstance(raw, dict):
-        raise SampleError(f"Got {_shorten(raw)}, expected an object with `conversations` or `messages`.")
-    images = _parse_images(raw) if num_images is None else []
-    num_images = len(images) if num_images is None else num_images
-    is_llava = raw.get("messages") is None
-    turns = raw.get("conversations") if is_llava else raw["messages"]
-    if not isinstance(turns, list) or not turns:
-        raise SampleError(f"Got {_shorten(turns)}, expected a list of turns in `conversations` or `messages`.")
-    messages = _parse_llava(turns) if is_llava else _parse_chat(turns, num_images)
-    _check_roles([message["role"] for message in messages])
-    _check_image_tokens(messages, num_images)
+def parse_sample(raw: Any, image_folder: str | None = None) -> Sample:
+    """Parse and check a sample in LLaVA's or chat format. With `image_folder`, all images must be paths in it."""
+    match raw:
+        case {"messages": [_, *_] as turns} | {"conversations": [_, *_] as turns}:
+            messages = [_parse_turn(turn) for turn in turns]
+        case _:
+            expected = "an object with a list of turns in `messages` or `conversations`"
+            raise SampleError(f"Got {_shorten(raw)}, expected {expected}.")
+    images = _list_images(raw)
+    if image_folder is not None:
+        images = [_resolve(image, image_folder) for image in images]
+
+    roles = [message["role"] for message in messages]
+    first_user = int(roles[0] == "system")
+    if roles[first_user:] != ["user", "assistant"] * max(1, len(roles) // 2):
+        expected = "user and assistant in turn, ending with assistant, after at most one system message"
+        raise SampleError(f"Got the roles {', '.join(roles)}; expected {expected}.", Problem.ROLE_ORDER)
+
+    if all(isinstance(turn.get("content"), str) and IMAGE_TOKEN not in turn["content"] for turn in turns):
+        # TRL's datasets have text without image tokens: all images come first in the first user message.
+        messages[first_user]["content"] = [IMAGE_ITEM] * len(images) + messages[first_user]["content"]
+    num_tokens, has_extra = 0, False
+    for message in messages:
+        texts = [item["text"] for item in message["content"]]
+        num_tokens += texts.count(None)
+        # Chat templates join the text: "<im<image>age>" leaves a second token.
+        has_extra |= IMAGE_TOKEN in "".join(filter(None, texts)) or (message["role"] != "user" and None in texts)
+    if has_extra or num_tokens != len(images):
+        advice = "to user messages only, and no text that forms another where the parts of a message are joined"
+        reason = f"Got {len(images)} images but {num_tokens} image tokens; add one {IMAGE_TOKEN!r} per image"
+        raise SampleError(f"{reason}, {advice}.", Problem.IMAGE_TOKENS)
     return Sample(messages, images)
 
 
@@ -124,30 +131,24 @@ def sample_id(raw: Any) -> str | None:
 
 def open_image(image: Any) -> Image.Image:
     """
-    Read an image completely, and close its file.
+    Read an image completely, rotated upright and in RGB as the processor reads a path, and close its file.
 
-    The image is rotated upright and converted to RGB as the processor does it for a path: transparency is dropped, as
-    in the original. (For a `PIL.Image.Image` with transparency, the processor's pixels differ between releases.)
-
-    Raises:
-        SampleError: If there is no such file, or it is not an image, is truncated, or is far too large.
+    Transparency is dropped, as in the original: of an image that has it, the processor's pixels differ by release.
     """
-    name = "the image"
+    content = None
     if isinstance(image, dict):
-        name = repr(image.get("path") or name)
-        image = image["path"] if image.get("bytes") is None else BytesIO(image["bytes"])
-    if isinstance(image, str | os.PathLike):
-        name = repr(os.fspath(image))
-        if not os.path.isfile(image):
-            raise SampleError(f"There is no image {name}; add it, or set the image folder.", Problem.MISSING_IMAGE)
+        image, content = image.get("path"), image.get("bytes")
+    name = "in the dataset" if image is None else repr(str(image))
+    if content is None and isinstance(image, str | os.PathLike) and not os.path.isfile(image):
+        raise SampleError(f"There is no image {name}; add it, or set the image folder.", Problem.MISSING_IMAGE)
     try:
         if isinstance(image, Image.Image):
             return load_image(image)
-        with Image.open(image) as opened:
+        with Image.open(image if content is None else BytesIO(content)) as opened:
             return load_image(opened)
     except Exception as error:
         # Pillow's decoders raise many types for damaged files, and for what may be a decompression bomb.
-        reason = f"Cannot read {name} ({' '.join(str(error).split())}); replace it, or remove the sample."
+        reason = f"Cannot read the image {name} ({' '.join(str(error).split())}); replace it, or remove the sample."
         raise SampleError(reason, Problem.BROKEN_IMAGE) from error
 
 
@@ -156,82 +157,42 @@ def to_utf8(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", errors="replace").decode("utf-8")
 
 
-def _parse_llava(turns: list[Any]) -> list[Message]:
-    messages = []
-    for turn in turns:
-        match turn:
-            case {"from": str(role), "value": str(text)} if role in LLAVA_ROLES:
-                messages.append(_parse_message(LLAVA_ROLES[role], text))
-            case _:
-                expected = f"`from` ({', '.join(LLAVA_ROLES)}) and `value` (text)"
-                raise SampleError(f"Got the turn {_shorten(turn)}, expected {expected}.")
-    return messages
-
-
-def _parse_chat(turns: list[Any], num_images: int) -> list[Message]:
-    messages = []
-    for turn in turns:
-        match turn:
-            case {"role": str(role), "content": str() | list() as content} if role in ROLES:
-                messages.append(_parse_message(role, content))
-            case _:
-                expected = f"`role` ({', '.join(ROLES)}) and `content` (text or a list of items)"
-                raise SampleError(f"Got the turn {_shorten(turn)}, expected {expected}.")
-    # TRL's datasets have text without image tokens: all images come first in the first user message.
-    user = next((message for message in messages if message["role"] == "user"), None)
-    has_images = any(item["type"] == "image" for message in messages for item in message["content"])
-    if user is not None and not has_images and all(isinstance(turn["content"], str) for turn in turns):
-        user["content"] = [IMAGE_ITEM] * num_images + user["content"]
-    return messages
-
-
-def _parse_message(role: str, content: str | list[Any]) -> Message:
-    items: list[dict[str, Any]] = []
+def _parse_turn(turn: Any) -> dict[str, Any]:
+    match turn:
+        case {"from": str(name), "value": str(content)} if name in LLAVA_ROLES:
+            role = LLAVA_ROLES[name]
+        case {"role": str(role), "content": str() | list() as content} if role in ROLES:
+            pass
+        case _:
+            expected = f"`from` ({', '.join(LLAVA_ROLES)}) and `value`, or `role` ({', '.join(ROLES)}) and `content`"
+            raise SampleError(f"Got the turn {_shorten(turn)}, expected {expected}.")
+    pieces: list[str] = []
     for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
         match item:
             case {"type": "image"}:
-                items.append(IMAGE_ITEM)
+                pieces.append(IMAGE_TOKEN)
             case {"type": "text", "text": str(text)}:
-                # Only user messages may have images: elsewhere, `_check_image_tokens` refuses the token in the text.
-                for index, piece in enumerate(to_utf8(text).split(IMAGE_TOKEN) if role == "user" else [to_utf8(text)]):
-                    items += [IMAGE_ITEM] * (index > 0) + [{"type": "text", "text": piece}] * (piece != "")
+                pieces += re.split(f"({IMAGE_TOKEN})", to_utf8(text))
             case _:
                 raise SampleError(f"Got {_shorten(item)} in a message, expected items of type `text` or `image`.")
+    items = [IMAGE_ITEM if piece == IMAGE_TOKEN else {"type": "text", "text": piece} for piece in pieces if piece]
     return {"role": role, "content": items or [{"type": "text", "text": ""}]}
 
 
-def _parse_images(raw: dict[str, Any]) -> list[Any]:
-    value = raw.get("images") if raw.get("images") is not None else raw.get("image")
-    images = value if isinstance(value, list) else [] if value is None or value == "" else [value]
-    for image in images:
-        is_undecoded = isinstance(image, dict) and not (image.get("bytes") is None and image.get("path") is None)
-        if not is_undecoded and (not isinstance(image, str | os.PathLike | Image.Image) or image == ""):
-            raise SampleError(f"Got {_shorten(image)} as an image, expected a path such as 'folder/name.jpg'.")
-    return images
+def _list_images(sample: dict[str, Any]) -> list[Any]:
+    value = sample.get("image") if sample.get("images") is None else sample["images"]
+    return value if isinstance(value, list) else [] if value in (None, "") else [value]
 
 
-def _check_roles(roles: list[str]) -> None:
-    turns = roles[1:] if roles[0] == "system" else roles
-    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
-        expected = "user and assistant in turn, ending with assistant, after at most one system message"
-        raise SampleError(f"Got the roles {', '.join(roles)}; expected {expected}.", Problem.ROLE_ORDER)
-
-
-def _check_image_tokens(messages: list[Message], num_images: int) -> None:
-    reason, num_tokens = None, 0
-    for message in messages:
-        texts = [item["text"] for item in message["content"]]
-        num_tokens += texts.count(None)
-        # Chat templates join the text: "<im<image>age>" leaves a second token.
-        has_token = IMAGE_TOKEN in "".join(filter(None, texts))
-        if message["role"] != "user" and (has_token or None in texts):
-            reason = f"Got an image or {IMAGE_TOKEN!r} in a message of {message['role']}; move it to a user message."
-        elif has_token:
-            reason = f"The parts of a message form another {IMAGE_TOKEN!r} where they are joined; remove them."
-    if reason is None and num_tokens != num_images:
-        reason = f"Got {num_images} images but {num_tokens} image tokens; add one {IMAGE_TOKEN!r} per image."
-    if reason is not None:
-        raise SampleError(reason, Problem.IMAGE_TOKENS)
+def _resolve(image: Any, image_folder: str) -> str:
+    if not isinstance(image, str) or image == "":
+        raise SampleError(f"Got {_shorten(image)} as an image, expected a path such as 'folder/name.jpg'.")
+    path = os.path.normpath(os.path.join(image_folder, image))
+    # Symbolic links in the folder are the user's own, and may point anywhere.
+    if not path.startswith(os.path.join(image_folder, "")):
+        reason = f"The image {image!r} is outside of {image_folder}; use paths in the image folder, or set another."
+        raise SampleError(reason, Problem.OUTSIDE_IMAGE_FOLDER)
+    return to_utf8(path)
 
 
 def _shorten(value: Any) -> str:
