@@ -21,6 +21,12 @@ from ..conftest import FIXTURES, Golden
 LLAMA = Golden(FIXTURES / "llama-small")
 REFERENCE = LLAMA.folder / "reference.safetensors"
 FORWARDS = range(len(LLAMA.reference["forwards"]))
+TEXT_CHECKS = [
+    f"{kind} {i}"
+    for i, forward in enumerate(LLAMA.reference["forwards"])
+    for kind in ("logits", "loss")
+    if not any(-200 in ids for ids in forward["input_ids"])
+]
 FEATURE_CHECKS = ["DaViT (relative)", "V", "V't1 (caption)", "V't2 (ocr)", "V't3 (grounding)", "projection"]
 CHECKS = [
     "image tokens",
@@ -198,11 +204,15 @@ class TestOtherModels:
         assert status("verify", tmp_path / "out", "--reference", REFERENCE, "--device", "cpu") == 1
         table = capfd.readouterr().out.strip().split("\n")
         assert table[1].startswith("image tokens ")
-        assert f"FAILED: {num_image_tokens} per image instead of 10; convert it again: --image-feature-source" in table[1]
+        assert (
+            f"FAILED: {num_image_tokens} per image instead of 10; convert it again: --image-feature-source" in table[1]
+        )
         assert table[1].endswith("temporal_avg_pool gives 9, spatial_avg_pool,temporal_avg_pool 10")
-        assert [line.split("  ")[0] for line in table if line.endswith("  ok")] == ["pixel values", "DaViT (relative)"]
-        assert sum("not comparable: the numbers of image tokens differ" in line for line in table) == 16
-        assert table[-1] == "1 of 4 checks failed, 16 not comparable."
+        compared = ["pixel values", "DaViT (relative)", *TEXT_CHECKS, "token ids"]
+        assert [line.split("  ")[0] for line in table if line.endswith("  ok")] == compared
+        num_others = len(CHECKS) - 1 - len(compared)
+        assert sum("not comparable: the numbers of image tokens differ" in line for line in table) == num_others
+        assert table[-1] == f"1 of {1 + len(compared)} checks failed, {num_others} not comparable."
 
     def test_images_of_another_size(self, good_model, llama_processor):
         results = verify(good_model, llama_processor, FIXTURES / "phi-small" / "reference.safetensors")

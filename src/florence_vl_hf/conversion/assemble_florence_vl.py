@@ -127,7 +127,10 @@ def assemble(
 
 def _read_text_config(llm: Path) -> PreTrainedConfig:
     """Read the configuration of a causal language model, without what describes its own checkpoint."""
-    config = AutoConfig.from_pretrained(llm, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(llm, trust_remote_code=False)
+    except Exception as error:  # Transformers raises many types, for unknown model types and damaged files
+        raise CheckpointError(f"The configuration of {llm} cannot be loaded: {error}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.get_text_config() is not config:
         raise CheckpointError(
             f"{llm} has model type {config.model_type!r}, expected a causal language model for text only, such as "
