@@ -40,15 +40,15 @@ class TestCommand:
         assert out.endswith("All 3 samples are valid.\n")
 
     def test_every_problem_is_named(self, image_folder, tmp_path, capsys):
-        (image_folder / "torn.png").write_bytes((image_folder / "a.png").read_bytes()[:50])
+        (image_folder / "broken.png").write_bytes((image_folder / "a.png").read_bytes()[:50])
         samples = [
             llava(image="a.png"),
             {"id": 8, "conversations": "Hi"},
             llava(image="../../secret.png", id="evil"),
             llava(image="lost.png", id="größe"),
-            llava("<image><image>", image=["torn.png", "lost.png"], id="torn"),
+            llava("<image><image>", image=["broken.png", "lost.png"], id="broken"),
             llava(id="no image"),
-            {"id": "turned", "conversations": llava()["conversations"][::-1]},
+            {"id": "reversed", "conversations": llava()["conversations"][::-1]},
             llava("Hi", " \n", id="empty"),
         ]
         report_file = tmp_path / "report.jsonl"
@@ -60,10 +60,10 @@ class TestCommand:
             ("8", Problem.MALFORMED),
             ("evil", Problem.OUTSIDE_IMAGE_FOLDER),
             ("größe", Problem.MISSING_IMAGE),
-            ("torn", Problem.BROKEN_IMAGE),
-            ("torn", Problem.MISSING_IMAGE),
+            ("broken", Problem.BROKEN_IMAGE),
+            ("broken", Problem.MISSING_IMAGE),
             ("no image", Problem.IMAGE_TOKENS),
-            ("turned", Problem.ROLE_ORDER),
+            ("reversed", Problem.ROLE_ORDER),
             ("empty", Problem.NOTHING_TO_LEARN),
         ]
         assert all(f"  {line['message']}\n" in out for line in lines)
@@ -103,9 +103,9 @@ class TestCommand:
     def test_no_conversations_is_one_line(self, image_folder, capsys, content):
         (image_folder / "samples.json").write_text(content)
         assert run(image_folder / "samples.json") == 1
-        complaints = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-        assert len(complaints) == 1
-        assert "samples.json" in complaints[0]
+        errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+        assert len(errors) == 1
+        assert "samples.json" in errors[0]
 
     def test_a_template_requires_a_model(self, image_folder, capsys):
         assert run(write(image_folder, [llava("Hi")]), "--chat-template", "plain") == 2
@@ -163,8 +163,8 @@ class TestLengths:
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
-        ids, is_said = encoded["input_ids"][0], encoded["assistant_masks"][0]
-        total, answer = len(ids), is_said.index(1)
+        ids, is_answer = encoded["input_ids"][0], encoded["assistant_masks"][0]
+        total, answer = len(ids), is_answer.index(1)
         images = total - ids[::-1].index(processor.image_token_id)
         assert problems(sample, total) == set()
         assert problems(sample, total - 1) == {Problem.TOO_LONG}

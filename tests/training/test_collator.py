@@ -45,9 +45,9 @@ class TestAgainstTheOriginal:
         [(n, dialog)] = [(n, d) for n, d in enumerate(golden.reference["dialogs"]) if len(d["conversations"]) == 4]
         example = {"id": n, "conversations": dialog["conversations"], "image": str(golden.image_path("odd.jpg"))}
         labels = FlorenceVLCollator(processor)([example])["labels"][0]
-        said = processor.tokenizer.decode(labels[labels != -100])
+        learned = processor.tokenizer.decode(labels[labels != -100])
         for turn in dialog["conversations"]:
-            assert (turn["value"].strip() in said) == (turn["from"] == "gpt")
+            assert (turn["value"].strip() in learned) == (turn["from"] == "gpt")
 
     def test_captions(self, golden, processor):
         processor = copy.deepcopy(processor)
@@ -91,21 +91,21 @@ class TestBatch:
         inputs, answers = collate.prompts(samples)
         assert answers == ["A fox.", "None at all."]
         for n, example in enumerate(samples):
-            whole = collate([example])
-            start = int((whole["labels"][0] != -100).nonzero()[0])
+            complete = collate([example])
+            start = int((complete["labels"][0] != -100).nonzero()[0])
             prompt = inputs["input_ids"][n][inputs["attention_mask"][n].bool()]
-            assert prompt.tolist() == whole["input_ids"][0, :start].tolist()
+            assert prompt.tolist() == complete["input_ids"][0, :start].tolist()
         assert inputs["attention_mask"][:, -1].all()
 
 
 class TestMaxLength:
     def test_text_is_truncated(self, golden, processor):
         example = sample(golden, 1, answer="fox " * 40)
-        whole = FlorenceVLCollator(processor)([example])
-        length = whole["input_ids"].shape[1] - 7
-        cut = FlorenceVLCollator(processor, max_length=length)([example])
+        complete = FlorenceVLCollator(processor)([example])
+        length = complete["input_ids"].shape[1] - 7
+        truncated = FlorenceVLCollator(processor, max_length=length)([example])
         for name in ("input_ids", "attention_mask", "labels"):
-            assert_close(cut[name], whole[name][:, :length])
+            assert_close(truncated[name], complete[name][:, :length])
 
     def test_an_image_is_never_truncated(self, golden, processor):
         example = sample(golden, 2)

@@ -57,6 +57,12 @@ class TestFiles:
         # As in TRL: text without image tokens, and images that come first.
         assert texts(loaded[2]) == [("user", ["8x6", "8x6", "What?"]), ("assistant", ["Red."])]
 
+    def test_turns_of_either_format_in_either_list(self, image_folder, name):
+        turns = {"llava": llava("Hi")["conversations"], "chat": chat("Hi")["messages"]}
+        samples = [{"messages": turns["llava"]}, {"conversations": turns["chat"]}, {"messages": None, **llava("Hi")}]
+        for sample in load_conversations(write(image_folder, samples, name)):
+            assert texts(to_messages(sample)) == [("user", ["Hi"]), ("assistant", ["Red."])]
+
     @pytest.mark.parametrize("keys", [{}, {"image": None}, {"image": ""}, {"images": []}, {"images": None}])
     def test_without_image(self, image_folder, name, keys):
         sample = load_conversations(write(image_folder, [llava("Hi", **keys)], name))[0]
@@ -74,7 +80,7 @@ class TestFiles:
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
         assert texts(to_messages(load_conversations(path)[0]))[0] == ("user", ["Hi"])
 
-    def test_half_characters_are_replaced(self, image_folder, name):
+    def test_lone_surrogates_are_replaced(self, image_folder, name):
         sample = load_conversations(write(image_folder, [llava("Hi \ud83d", id="\ud800")], name))[0]
         assert sample["id"] == "?"
         assert sample["messages"][0]["content"][0]["text"] == "Hi ?"
@@ -111,7 +117,7 @@ class TestFiles:
 
 
 class TestBrokenFiles:
-    def test_no_entries(self, image_folder):
+    def test_empty_list(self, image_folder):
         with pytest.raises(ConversationFileError, match="has no samples"):
             load_conversations(write(image_folder, []))
 
@@ -232,7 +238,7 @@ class TestDatasets:
         assert texts(to_messages(loaded[1]))[0] == ("user", ["Hi"])
 
     def test_a_broken_image_does_not_break_loading(self):
-        samples = [chat("What?", images=[{"bytes": b"torn", "path": None}])]
+        samples = [chat("What?", images=[{"bytes": b"broken", "path": None}])]
         features = datasets.Features(
             {
                 "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")}),

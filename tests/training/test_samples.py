@@ -55,8 +55,8 @@ class TestBrokenSamples:
         ids=str,
     )
     def test_malformed(self, image_folder, sample):
-        kind, message = problem_of(image_folder, sample)
-        assert kind is Problem.MALFORMED
+        problem, message = problem_of(image_folder, sample)
+        assert problem is Problem.MALFORMED
         assert message.startswith("Sample ")
         assert "expected" in message
 
@@ -64,8 +64,8 @@ class TestBrokenSamples:
         "path", ["../a.png", "/etc/passwd", "deep/../../a.png", "..", ".", "deep/../../data2/a.png"]
     )
     def test_paths_outside_of_the_image_folder(self, image_folder, path):
-        kind, message = problem_of(image_folder, llava(image=path, id="evil"))
-        assert kind is Problem.OUTSIDE_IMAGE_FOLDER
+        problem, message = problem_of(image_folder, llava(image=path, id="evil"))
+        assert problem is Problem.OUTSIDE_IMAGE_FOLDER
         assert message.startswith("Sample 'evil': ")
 
     def test_paths_inside_of_the_image_folder(self, image_folder, tmp_path):
@@ -89,8 +89,10 @@ class TestBrokenSamples:
         ids=str,
     )
     def test_roles(self, image_folder, roles):
-        kind, message = problem_of(image_folder, {"conversations": [{"from": role, "value": "Hi"} for role in roles]})
-        assert kind is Problem.ROLE_ORDER
+        problem, message = problem_of(
+            image_folder, {"conversations": [{"from": role, "value": "Hi"} for role in roles]}
+        )
+        assert problem is Problem.ROLE_ORDER
 
     @pytest.mark.parametrize(
         "sample",
@@ -118,27 +120,27 @@ class TestBrokenSamples:
 
     @pytest.mark.parametrize("path", ["no.png", "deep", "a\0b.png", "x" * 5000, "http://example.com/a.png"])
     def test_missing_images(self, image_folder, path):
-        kind, message = problem_of(image_folder, llava(image=path, id="lost"))
-        assert kind is Problem.MISSING_IMAGE
+        problem, message = problem_of(image_folder, llava(image=path, id="lost"))
+        assert problem is Problem.MISSING_IMAGE
         assert message.startswith("Sample 'lost': ")
 
     def test_broken_images(self, image_folder, monkeypatch):
-        whole = BytesIO()
-        Image.effect_noise((64, 64), 50).save(whole, "PNG")
+        complete = BytesIO()
+        Image.effect_noise((64, 64), 50).save(complete, "PNG")
         damaged = {
-            "truncated.png": whole.getvalue()[:-600],
+            "truncated.png": complete.getvalue()[:-600],
             "empty.png": b"",
             "text.png": b"not an image",
-            "header.png": whole.getvalue()[:20],
+            "header.png": complete.getvalue()[:20],
         }
         for name, content in damaged.items():
             (image_folder / name).write_bytes(content)
-            kind, message = problem_of(image_folder, llava(image=name, id="torn"))
-            assert kind is Problem.BROKEN_IMAGE
+            problem, message = problem_of(image_folder, llava(image=name, id="broken"))
+            assert problem is Problem.BROKEN_IMAGE
             assert name in message
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
-        kind, message = problem_of(image_folder, llava(image="a.png"))
-        assert (kind, "bomb" in message) == (Problem.BROKEN_IMAGE, True)
+        problem, message = problem_of(image_folder, llava(image="a.png"))
+        assert (problem, "bomb" in message) == (Problem.BROKEN_IMAGE, True)
 
     def test_an_error_comes_back_from_another_process(self, image_folder):
         with pytest.raises(SampleError) as caught:
@@ -189,10 +191,15 @@ class TestImages:
         assert texts(messages)[0] == ("user", ["8x6"])
         assert to_messages(chat("<image>", image=image))[0]["content"][0]["image"].size == (8, 6)
 
+    @pytest.mark.parametrize("image", [3, ["a.png"], {"bytes": None, "path": None}, {}], ids=str)
+    def test_unreadable_forms(self, image):
+        with pytest.raises(SampleError, match="Cannot read the image"):
+            to_messages(chat("<image>", images=[image]))
+
     def test_files_are_closed(self, image_folder):
         """Even while the errors, whose tracebacks hold what was being read, are kept."""
-        (image_folder / "torn.png").write_bytes((image_folder / "a.png").read_bytes()[:50])
-        sample = load_one(image_folder, llava(image="torn.png"))
+        (image_folder / "broken.png").write_bytes((image_folder / "a.png").read_bytes()[:50])
+        sample = load_one(image_folder, llava(image="broken.png"))
         num_open, errors = len(os.listdir("/proc/self/fd")), []
         for _ in range(5):
             with pytest.raises(SampleError) as caught:

@@ -1,5 +1,5 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Check a whole dataset before training: what is wrong with its samples, and how long they are."""
+"""Check a dataset before training: what is wrong with its samples, and how long they are."""
 
 import copy
 import json
