@@ -21,15 +21,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from ..modeling.transformers_compat import enable_checkpointing
-from ..training import RECIPES, lora_config, read_recipe, set_trainable
-from ..training.arguments import DataArguments, FlorenceVLTrainingArguments, ModelArguments, parse_recipe
+from ..training import RECIPES, lora_config, set_trainable
+from ..training.arguments import parse_recipe
 from ..training.stages import PARTS, STAGES, count_trained, part_of
 
 
 GIB = 2**30
 GPU_SIZES = (24, 40, 48, 80)  # GiB of common GPUs
 Sharding = Literal["none", "ddp", "zero2", "zero3", "fsdp2"]
-Shape = Literal["8b", "3b"]
 WEIGHTS, OPTIMIZER, GRADIENTS, LOGITS = "weights", "optimizer", "gradients", "logits and loss"
 # DeepSpeed's `reduce_bucket_size`, `stage3_max_live_parameters` and `sub_group_size` (updated at once), in elements.
 ZERO_BUCKET, ZERO3_LIVE_PARAMETERS, ZERO3_SUB_GROUP = 500_000_000, 1_000_000_000, 1_000_000_000
@@ -39,38 +38,47 @@ QUANTIZED_BYTES = {None: 0.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256), 8: 1.0}
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """The settings of a recipe, and the GPUs that it runs on. Built by `read_setup`."""
+    """The settings of a training run that its memory depends on, besides the model."""
 
-    model: ModelArguments
-    data: DataArguments
-    training: FlorenceVLTrainingArguments
-    num_gpus: int
-    sharding: Sharding
-    images_per_sample: int
+    stage: str = "finetune"  # as in `set_trainable`
+    batch_size: int = 1  # samples per GPU
+    max_length: int = 2048  # tokens per sample, including image tokens
+    images_per_sample: int = 1
+    num_gpus: int = 1
+    sharding: Sharding = "none"
+    dtype: str = "bfloat16"  # of the weights as they are loaded
+    mixed_precision: bool = True  # `bf16` or `fp16` of the Trainer
+    gradient_checkpointing: bool = True
+    gradient_accumulation_steps: int = 1
+    lora_rank: int | None = None  # of LoRA on the language model
+    bits: int | None = None  # 4 or 8 if the language model is quantized
+    attention: str = "sdpa"  # "eager" stores the attention scores
 
-    @property
-    def batch_size(self) -> int:
-        """Samples per GPU."""
-        return self.training.per_device_train_batch_size
+    def __post_init__(self) -> None:
+        dtypes = ("bfloat16", "float16", "float32")
+        for name, allowed in {"sharding": get_args(Sharding), "dtype": dtypes, "bits": (None, 4, 8)}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Got {name} {getattr(self, name)!r}, expected one of {allowed}.")
+        for name in ("batch_size", "max_length", "num_gpus", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Got {name} {getattr(self, name)}, expected at least 1.")
+        if self.bits is not None and self.lora_rank is None:
+            raise ValueError("Got `bits` without `lora_rank`; a quantized model is trained through LoRA.")
 
     @property
     def uses_deepspeed(self) -> bool:
         return self.sharding in ("zero2", "zero3")
 
     @property
-    def uses_mixed_precision(self) -> bool:
-        return self.training.bf16 or self.training.fp16
-
-    @property
     def uses_autocast(self) -> bool:
         """Whether the forward pass runs under autocast. DeepSpeed casts the model instead."""
-        return self.uses_mixed_precision and not self.uses_deepspeed
+        return self.mixed_precision and not self.uses_deepspeed
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """Dtype of the weights in the forward pass."""
-        is_cast = self.uses_mixed_precision and self.sharding not in ("none", "ddp")
-        return torch.bfloat16 if is_cast else getattr(torch, self.model.dtype)
+        is_cast = self.mixed_precision and self.sharding not in ("none", "ddp")
+        return torch.bfloat16 if is_cast else getattr(torch, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -93,17 +101,16 @@ class MemoryPlan:
         return next(fitting, f"more than {GPU_SIZES[-1]} GB")
 
 
-def plan_memory(config: FlorenceVLConfig, setup: TrainingSetup) -> MemoryPlan:
-    """Plan the memory of a training run. Raises a `ValueError` if the images of a sample exceed `max_length`."""
-    num_image_tokens, max_length = setup.images_per_sample * config.num_image_tokens, setup.data.max_length
-    if num_image_tokens > max_length:
-        raise ValueError(
-            f"Got images of {num_image_tokens} tokens per sample, but `max_length: {max_length}`; increase it."
-        )
+def plan_memory(config: FlorenceVLConfig, setup: TrainingSetup | None = None, **settings: Any) -> MemoryPlan:
+    """Plan the memory of a training run: of `setup`, or of `TrainingSetup(**settings)`."""
+    setup = setup or TrainingSetup(**settings)
+    num_tokens = setup.images_per_sample * config.num_image_tokens
+    if num_tokens > setup.max_length:
+        raise ValueError(f"Got `max_length` {setup.max_length}, but the images of a sample take {num_tokens} tokens.")
     model = _build_model(config, setup)
     held, gradients, float32_gradients = _count_held(model, setup)
     # Gradients grow while activations are freed. Accumulated gradients, and ZeRO-3's buffer, are held all the time.
-    holds_gradients = setup.training.gradient_accumulation_steps > 1 or setup.sharding == "zero3"
+    holds_gradients = setup.gradient_accumulation_steps > 1 or setup.sharding == "zero3"
     in_passes = held | _measure_step(model, setup, growing_gradients=0 if holds_gradients else gradients)
     if holds_gradients:
         in_passes[GRADIENTS] = gradients
@@ -131,33 +138,33 @@ def _build_model(config: FlorenceVLConfig, setup: TrainingSetup) -> Any:
     for text_config in (config.text_config, config.vision_config.text_config):
         text_config.use_cache = False
         text_config.attention_dropout = 0.0  # fused on a GPU, but stores the scores on the CPU
-    # Flash attention needs a GPU, and the memory of sdpa.
-    attention = "eager" if setup.model.attn_implementation == "eager" else "sdpa"
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.device("meta"):
         model = FlorenceVLForConditionalGeneration._from_config(
-            config, dtype=setup.compute_dtype, attn_implementation=attention
+            config, dtype=setup.compute_dtype, attn_implementation=setup.attention
         )
-        set_trainable(model, setup.model.stage)
-        if setup.model.use_peft:
-            train_projector = "projector" in STAGES[setup.model.stage]
-            lora = lora_config(model, rank=setup.model.lora_r, train_projector=train_projector)
+        set_trainable(model, setup.stage)
+        if setup.lora_rank is not None:
+            lora = lora_config(model, rank=setup.lora_rank, train_projector="projector" in STAGES[setup.stage])
             model = get_peft_model(model, lora).get_base_model()
-        for weight in _quantized_weights(model, setup):
-            weight.data = weight.data.to(torch.bfloat16)  # the dtype it is dequantized to
+    for weight in _quantized_weights(model, setup):
+        weight.data = weight.data.to(torch.bfloat16)  # the dtype it is dequantized to
     model.train()
     # Layerdrop compares random numbers, which fake tensors do not have. The layers themselves stay in training mode.
     model.model.vision_tower.encoder.training = False
-    if setup.training.gradient_checkpointing:
+    if setup.gradient_checkpointing:
         enable_checkpointing(model)
     for module in model.modules():
         if setup.uses_autocast and isinstance(module, nn.LayerNorm):  # float32 under autocast, but only on CUDA
             module.register_forward_pre_hook(lambda module, args: args[0].float())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        model.tie_weights()
     return model
 
 
 def _quantized_weights(model: Any, setup: TrainingSetup) -> list[nn.Parameter]:
     # bitsandbytes quantizes the layers that LoRA adapts: all linear layers of the language model.
-    names = ("base_layer.weight",) if setup.model.num_bits else ()
+    names = ("base_layer.weight",) if setup.bits else ()
     return [parameter for name, parameter in model.named_parameters() if name.endswith(names)]
 
 
@@ -170,17 +177,15 @@ def _count_held(model: Any, setup: TrainingSetup) -> tuple[dict[str, float], flo
     parameters, quantized = list(model.parameters()), _quantized_weights(model, setup)
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     num_trained, itemsize = size(trained), setup.compute_dtype.itemsize
-    is_sharded = setup.sharding in ("zero2", "zero3", "fsdp2")
-    num_shards = setup.num_gpus if is_sharded else 1
-
-    # accelerate holds the trained weights of FSDP in float32, and frozen ones as they are loaded.
-    updated_bytes = sum(parameter.nbytes for parameter in trained)
-    if is_sharded and (setup.uses_deepspeed or setup.uses_mixed_precision):
-        updated_bytes = 4 * num_trained
+    num_shards = 1 if setup.sharding in ("none", "ddp") else setup.num_gpus
+    # Weights that are updated are float32 with DeepSpeed, and with FSDP and mixed precision.
+    is_float32 = setup.uses_deepspeed or (setup.sharding == "fsdp2" and setup.mixed_precision)
+    updated_bytes = 4 * num_trained if is_float32 else sum(parameter.nbytes for parameter in trained)
     trained_bytes = itemsize * num_trained if setup.uses_deepspeed else updated_bytes
-    frozen_itemsize = itemsize if setup.uses_deepspeed else getattr(torch, setup.model.dtype).itemsize
+    # DeepSpeed casts frozen weights, all others hold them as they are loaded.
+    frozen_itemsize = itemsize if setup.uses_deepspeed else getattr(torch, setup.dtype).itemsize
     frozen_bytes = frozen_itemsize * (size(parameters) - num_trained - size(quantized))
-    frozen_bytes += QUANTIZED_BYTES[setup.model.num_bits] * size(quantized)
+    frozen_bytes += QUANTIZED_BYTES[setup.bits] * size(quantized)
     buffer_bytes = sum(buffer.nbytes for buffer in model.buffers())
     terms: dict[str, float] = {
         WEIGHTS: buffer_bytes + (trained_bytes + frozen_bytes) / (1 if setup.sharding == "zero2" else num_shards),
@@ -256,11 +261,10 @@ def _measure_step(model: Any, setup: TrainingSetup, growing_gradients: float) ->
     florence.get_placeholder_mask = lambda input_ids, inputs_embeds, features: (input_ids == 0).unsqueeze(-1)
 
     # All text is learned. With a mask, as for a padded batch, attention stores a number per pair of positions.
-    num_logits = max(setup.data.max_length - setup.images_per_sample * model.config.num_image_tokens, 1)
-    lengths = dict.fromkeys(("input_ids", "attention_mask", "labels"), setup.data.max_length)
-    lengths["shift_labels"] = num_logits
+    num_logits = max(setup.max_length - setup.images_per_sample * model.config.num_image_tokens, 1)
+    lengths = dict.fromkeys(("input_ids", "attention_mask", "labels"), setup.max_length) | {"shift_labels": num_logits}
     # Batches of text have one black image, unless only the language model is trained.
-    num_images = setup.batch_size * setup.images_per_sample or int(setup.model.stage != "language_model")
+    num_images = setup.batch_size * setup.images_per_sample or int(setup.stage != "language_model")
     with next(model.parameters()).fake_mode, watch:
         batch = {name: torch.zeros(setup.batch_size, length, dtype=torch.long) for name, length in lengths.items()}
         if num_images:
@@ -292,12 +296,22 @@ def read_setup(
         raise ValueError(f"Got `optim: {recipe.get('optim')}`; planning supports adamw_torch_fused only.")
     file_gpus, file_sharding = _read_accelerate_config(accelerate_config) if accelerate_config else (1, None)
     num_gpus = num_gpus or file_gpus
-    sharding = sharding or file_sharding or ("none" if num_gpus == 1 else "ddp")
-    if sharding not in get_args(Sharding):
-        raise ValueError(f"Got sharding {sharding!r}, expected one of {', '.join(get_args(Sharding))}.")
-    if min(num_gpus, training.per_device_train_batch_size, training.gradient_accumulation_steps) < 1:
-        raise ValueError("The number of GPUs, batch size and gradient accumulation steps must be at least 1.")
-    setup = TrainingSetup(model, data, training, num_gpus, sharding, images_per_sample)
+    setup = TrainingSetup(
+        stage=model.stage,
+        batch_size=training.per_device_train_batch_size,
+        max_length=data.max_length,
+        images_per_sample=images_per_sample,
+        num_gpus=num_gpus,
+        sharding=sharding or file_sharding or ("none" if num_gpus == 1 else "ddp"),
+        dtype=model.dtype,
+        mixed_precision=training.bf16 or training.fp16,
+        gradient_checkpointing=bool(training.gradient_checkpointing),
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        lora_rank=model.lora_r if model.use_peft else None,
+        bits=model.num_bits,
+        # Flash attention requires a GPU, and takes the memory of sdpa.
+        attention="eager" if model.attn_implementation == "eager" else "sdpa",
+    )
     return model.model_name_or_path, model.fusion_changes, setup
 
 
@@ -324,40 +338,33 @@ def _read_accelerate_config(name: str | Path) -> tuple[int, Sharding]:
     return launch.get("num_processes", 1), sharding
 
 
-# Recipe, shape of the model, GPUs, sharding, and batch size if it is not the recipe's. The paper's runs come first.
-KNOWN_RUNS: dict[str, tuple[str, Shape, int, Sharding, int | None]] = {
-    "pretrain 8B": ("pretrain_8b", "8b", 128, "zero3", None),
-    "pretrain 3B": ("pretrain_3b", "3b", 128, "zero2", None),
-    "finetune 8B": ("finetune_8b", "8b", 32, "zero2", None),
-    "finetune 3B": ("finetune_3b", "3b", 32, "zero2", None),
-    "finetune 8B, one machine": ("finetune_8b", "8b", 8, "fsdp2", 4),
-    "finetune 3B, one machine": ("finetune_3b", "3b", 8, "fsdp2", 8),
-    "projector alone, 8B": ("projector_8b", "8b", 1, "none", 4),
-    "projector alone, 3B": ("projector_8b", "3b", 1, "none", 4),
-    "LoRA 8B": ("lora_8b", "8b", 1, "none", 4),
-    "LoRA 3B": ("lora_8b", "3b", 1, "none", 4),
-    "QLoRA 8B": ("qlora_8b", "8b", 1, "none", 2),
-    "QLoRA 3B": ("qlora_8b", "3b", 1, "none", 2),
+# The paper's four runs, and runs on fewer GPUs.
+KNOWN_RUNS = {
+    "pretrain 8B": ("8b", TrainingSetup("pretrain", 16, num_gpus=128, sharding="zero3")),
+    "pretrain 3B": ("3b", TrainingSetup("pretrain", 32, num_gpus=128, sharding="zero2")),
+    "finetune 8B": ("8b", TrainingSetup("finetune", 8, num_gpus=32, sharding="zero2", gradient_accumulation_steps=2)),
+    "finetune 3B": ("3b", TrainingSetup("finetune", 32, num_gpus=32, sharding="zero2", gradient_accumulation_steps=4)),
+    "finetune 8B, one machine": ("8b", TrainingSetup("finetune", 4, num_gpus=8, sharding="fsdp2")),
+    "finetune 3B, one machine": ("3b", TrainingSetup("finetune", 8, num_gpus=8, sharding="fsdp2")),
+    "projector alone, 8B": ("8b", TrainingSetup("projector", 4)),
+    "projector alone, 3B": ("3b", TrainingSetup("projector", 4)),
+    "LoRA 8B": ("8b", TrainingSetup("finetune", 4, lora_rank=64)),
+    "LoRA 3B": ("3b", TrainingSetup("finetune", 4, lora_rank=64)),
+    "QLoRA 8B": ("8b", TrainingSetup("finetune", 2, lora_rank=64, bits=4)),
+    "QLoRA 3B": ("3b", TrainingSetup("finetune", 2, lora_rank=64, bits=4)),
 }
 
 
-def plan_known_runs(*names: str) -> dict[str, MemoryPlan]:
-    """Plan runs of `KNOWN_RUNS`, by default all."""
-    plans = {}
-    for name in names or KNOWN_RUNS:
-        recipe, shape, num_gpus, sharding, batch_size = KNOWN_RUNS[name]
-        changes = {"dtype": "bfloat16", "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 1}
-        _, _, setup = read_setup(read_recipe(recipe) | (changes if batch_size else {}), num_gpus, sharding)
-        plans[name] = plan_memory(published_config(shape), setup)
-    return plans
+def plan_known_runs() -> dict[str, MemoryPlan]:
+    """Plan `KNOWN_RUNS`."""
+    return {name: plan_memory(published_config(size), setup) for name, (size, setup) in KNOWN_RUNS.items()}
 
 
-def published_config(shape: Shape) -> FlorenceVLConfig:
+def published_config(size: str) -> FlorenceVLConfig:
     """The configuration of the published `8b`, with Llama-3.1-8B, or `3b`, with Phi-3.5-mini."""
-    if shape == "8b":
-        return FlorenceVLConfig()
     # Transformers' default of `phi3` is Phi-3-mini, with the shapes of Phi-3.5-mini.
-    return FlorenceVLConfig(text_config={"model_type": "phi3"}, image_token_id=32011)
+    changes: dict[str, Any] = {"3b": {"text_config": {"model_type": "phi3"}, "image_token_id": 32011}, "8b": {}}
+    return FlorenceVLConfig(**changes[size])
 
 
 def format_plan(plan: MemoryPlan) -> str:
@@ -370,7 +377,7 @@ def format_plan(plan: MemoryPlan) -> str:
     for term, num_bytes in (plan.terms | {"total per GPU": plan.total}).items():
         lines.append(f"{term:<34} {num_bytes / GIB:>10.2f} GiB")
     gpus = f"{setup.num_gpus} {'GPU' if setup.num_gpus == 1 else 'GPUs'}, {setup.sharding}"
-    lines.append(f"{gpus}, {setup.batch_size} samples of {setup.data.max_length} tokens.")
+    lines.append(f"{gpus}, {setup.batch_size} samples of {setup.max_length} tokens.")
     lines.append(f"Peak: {plan.peak}. Smallest GPU with 10% left free: {plan.smallest_gpu}.")
     return "\n".join(lines)
 
