@@ -200,7 +200,8 @@ class TestOtherModels:
         assert table[1].startswith("image tokens ")
         assert f"FAILED: {num_image_tokens} per image instead of 10; convert it again: --image-feature-source" in table[1]
         assert table[1].endswith("temporal_avg_pool gives 9, spatial_avg_pool,temporal_avg_pool 10")
-        assert [line.split("  ")[0] for line in table if line.endswith("  ok")] == ["pixel values", "DaViT (relative)"]
+        passed = [line.split("  ")[0] for line in table if line.endswith("  ok")]
+        assert passed == ["pixel values", "DaViT (relative)", "token ids"]
         assert sum("not comparable: the numbers of image tokens differ" in line for line in table) == 16
         assert table[-1] == "1 of 4 checks failed, 16 not comparable."
 

@@ -71,7 +71,7 @@ def assemble(
         `ConvertedCheckpoint`: What was written, with what had to be assumed.
 
     Raises:
-        CheckpointError: If the parts do not fit together. Nothing is written then.
+        ValueError: If the parts do not fit together, such as a `CheckpointError`. Nothing is written then.
     """
     with output_directory(Path(output)) as directory:
         tower_directory, llm_directory = resolve_checkpoint(vision_tower), resolve_checkpoint(llm)
