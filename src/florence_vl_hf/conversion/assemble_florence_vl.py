@@ -71,7 +71,7 @@ def assemble(
         `ConvertedCheckpoint`: What was written, with what had to be assumed.
 
     Raises:
-        CheckpointError: If the parts do not fit together. Nothing is written then.
+        ValueError: If the parts do not fit together, such as a `CheckpointError`. Nothing is written then.
     """
     with output_directory(Path(output)) as directory:
         tower_directory, llm_directory = resolve_checkpoint(vision_tower), resolve_checkpoint(llm)
@@ -163,7 +163,7 @@ def _new_projector(config: FlorenceVLConfig) -> dict[str, LazyTensor]:
     shapes = {name: shape for name, shape in tensor_shapes(config).items() if ".multi_modal_projector." in name}
     projector = {}
     for seed, (name, shape) in enumerate(shapes.items()):
-        original = to_original(name)[0].name
+        original = to_original(name)[0].name or name
         load = partial(_new_tensor, shape, std if len(shape) > 1 else 0.0, seed)
         projector[original] = LazyTensor(original, Path("the new projector"), torch.float32, shape, load)
     return projector

@@ -111,11 +111,7 @@ def read_as_original(source: Path, vision_tower: Path | None = None) -> Exported
     if model_type != FlorenceVLConfig.model_type:
         raise CheckpointError(f"{source} has model type {model_type!r}, expected {FlorenceVLConfig.model_type!r}.")
     config = FlorenceVLConfig.from_pretrained(source)
-    try:
-        processor = FlorenceVLProcessor.from_pretrained(source)
-    except Exception as error:
-        # Tokenizers and image processors raise many exceptions.
-        raise CheckpointError(f"The processor in {source} cannot be loaded ({error}); save it again.") from error
+    processor = FlorenceVLProcessor.from_pretrained(source)
     tower_config, tower_unsupported = tower_config_to_first_release(config)
     text_config, text_unsupported = text_config_to_original(config.text_config)
     if unsupported := [*_unsupported_settings(config, processor), *tower_unsupported, *text_unsupported]:
@@ -249,7 +245,7 @@ def _original_tensors(
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     check_all_paired(unknown, [name for name in shapes if name not in stored])
-    # Conversion added rows of zeros to the embedding tables, from `<image>` on, if the original had a token for each row.
+    # If the original had a token for each row, conversion added rows of zeros, from `<image>` on.
     has_added_rows = config.image_token_id == num_tokens and not stored[EMBEDDING_TABLES[0]].load()[num_tokens:].any()
     tensors = {}
     for name, shape in shapes.items():

@@ -4,6 +4,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.utils import find_adapter_config_file, logging
 
@@ -29,6 +30,16 @@ def is_original(path_or_id: str | Path, **hub_kwargs: Any) -> bool:
     return config.get("model_type") in TEXT_MODEL_TYPES
 
 
+def check_model_type(path_or_id: str | Path) -> None:
+    """Raise a `CheckpointError` if a directory or Hub repository has no Florence-VL, in either layout."""
+    model_type = PreTrainedConfig.get_config_dict(path_or_id)[0].get("model_type")
+    if model_type not in (FlorenceVLConfig.model_type, *TEXT_MODEL_TYPES):
+        raise CheckpointError(
+            f"{path_or_id} has model type {model_type!r}, expected {FlorenceVLConfig.model_type!r}; "
+            f"`florence-vl assemble` builds a Florence-VL from a Florence-2 and a language model."
+        )
+
+
 def load_original(
     path_or_id: str | Path,
     *,
@@ -36,6 +47,9 @@ def load_original(
     image_feature_source: list[str] | None = None,
     chat_template: str | None = None,
     base: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    device_map: Any = None,
     **kwargs: Any,
 ) -> tuple[Any, FlorenceVLProcessor]:
     """
@@ -44,8 +58,8 @@ def load_original(
     Args:
         path_or_id (`str` or `Path`): Directory or Hub id of the original checkpoint.
         vision_tower, image_feature_source, chat_template, base: As in `convert`.
-        kwargs: Arguments of `from_pretrained`, such as `dtype`, `attn_implementation` and `device_map`, and fields of
-            `FlorenceVLConfig` that override the checkpoint's.
+        dtype, attn_implementation, device_map: As in `from_pretrained`.
+        kwargs: Other arguments of `from_pretrained`, and fields of `FlorenceVLConfig` that override the checkpoint's.
 
     Returns:
         `tuple`: What `FlorenceVLForConditionalGeneration.from_pretrained` returns, and the processor.
@@ -67,7 +81,15 @@ def load_original(
     config = kwargs.pop("config", None) or _with_overrides(checkpoint.config, kwargs)
     # Views of the mapped files, which are read one by one while the model takes them over.
     state_dict = {name: tensor.load().contiguous() for name, tensor in checkpoint.tensors.items()}
-    loaded = FlorenceVLForConditionalGeneration.from_pretrained(None, config=config, state_dict=state_dict, **kwargs)
+    loaded = FlorenceVLForConditionalGeneration.from_pretrained(
+        None,
+        config=config,
+        state_dict=state_dict,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        device_map=device_map,
+        **kwargs,
+    )
     model = _model_of(loaded)
     model.generation_config = checkpoint.generation_config
     # PEFT reads the model's attribute, others the configuration's.

@@ -18,6 +18,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -29,13 +30,14 @@ MAX_NEW_TOKENS = 16
 IMAGE_TOKEN_INDEX = -200  # the original's placeholder of an image among token ids
 
 
-def capture_features(model):
+def capture_features(model: Any) -> dict[str, torch.Tensor]:
     """Return a dict that is filled with the features of one image whenever the model runs and the dict is empty."""
-    tower, captured = model.get_vision_tower(), {}
+    tower = model.get_vision_tower()
+    captured: dict[str, torch.Tensor] = {}
 
-    def capture(module, *names):
+    def capture(module: torch.nn.Module, *names: str) -> None:
         # The first call and its first row count: the tower may encode an image once per prompt.
-        def hook(_module, _inputs, output):
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
             outputs = (output,) if isinstance(output, torch.Tensor) else output
             for name, tensor in zip(names, outputs, strict=False):
                 captured.setdefault(name, tensor.detach()[:1].float().cpu())
@@ -51,7 +53,9 @@ def capture_features(model):
 
 
 @torch.no_grad()
-def record(model, token_ids, images):
+def record(
+    model: Any, token_ids: list[int], images: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], list[dict[str, Any]]]:
     """Run the model on each image, given as pixel values of shape `(3, height, width)` by name, with the same prompt.
 
     Returns the tensors by name, and the lists `forwards` and `generations` of the record.
@@ -75,7 +79,7 @@ def record(model, token_ids, images):
     return {**tensors, **logits}, forwards, generations
 
 
-def preprocess(image, image_processor, model_config):
+def preprocess(image: Image.Image, image_processor: Any, model_config: Any) -> torch.Tensor:
     """Return the pixel values of one image as the original computes them, of shape `(3, height, width)`."""
     from llava.mm_utils import process_images
 
@@ -87,7 +91,7 @@ def preprocess(image, image_processor, model_config):
     return inputs["pixel_values"][0]
 
 
-def write(output, tensors, record, image_directory):
+def write(output: Path, tensors: dict[str, torch.Tensor], record: dict[str, Any], image_directory: Path) -> None:
     """Write the reference: tensors, record, and copies of the images that the record names."""
     copies = output.parent / "images"
     copies.mkdir(parents=True, exist_ok=True)
@@ -98,7 +102,7 @@ def write(output, tensors, record, image_directory):
     output.with_suffix(".json").write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
-def load_original(checkpoint, vision_tower, device, dtype):
+def load_original(checkpoint: str, vision_tower: "str | None", device: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Load the original's tokenizer and model, with the weights as stored."""
     import llava.model  # noqa: F401, registers the model types with the Auto classes
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -108,13 +112,13 @@ def load_original(checkpoint, vision_tower, device, dtype):
     if vision_tower is not None:
         config.mm_vision_tower = vision_tower
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, use_fast=False)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, config=config, torch_dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, config=config, torch_dtype=dtype)
     model.get_vision_tower().to(dtype)  # it is built in bfloat16
     return tokenizer, model.to(device).eval()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="directory or Hub id of the original checkpoint")
     parser.add_argument("--images", required=True, type=Path, help="directory of images; a few are enough")
     parser.add_argument("--output", required=True, type=Path, help="file to write, such as reference.safetensors")

@@ -97,7 +97,8 @@ def format_results(results: list[CheckResult]) -> str:
     rows = [("check", "max difference", "mean difference", "verdict")]
     for result in results:
         numbers = ["-" if n is None else f"{n:.2e}" for n in (result.max_difference, result.mean_difference)]
-        rows.append((result.name, *numbers, ": ".join(filter(None, (result.verdict, result.note)))))
+        verdict = ": ".join(filter(None, (result.verdict, result.note)))
+        rows.append((result.name, numbers[0], numbers[1], verdict))
     width = max(len(row[0]) for row in rows)
     lines = [f"{row[0]:<{width}}  {row[1]:>14}  {row[2]:>15}  {row[3]}" for row in rows]
     count = Counter(result.verdict for result in results)

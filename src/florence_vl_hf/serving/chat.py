@@ -54,7 +54,7 @@ class ChatSession:
             messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         ).to(self.model.device)
         inputs.pop("pixel_values", None)
-        output_ids = self.model.generate(  # type: ignore[misc]  # upstream's type of `self`
+        output_ids = self.model.generate(
             **inputs, **self.encoded_images, streamer=streamer, generation_config=generation_config
         )
         answer = self.processor.decode(output_ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

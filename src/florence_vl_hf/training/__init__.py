@@ -4,10 +4,10 @@
 from importlib.util import find_spec
 
 
-if missing := [package for package in ("datasets", "ijson") if find_spec(package) is None]:
+if find_spec("datasets") is None:
     raise ModuleNotFoundError(
-        f"Training requires {' and '.join(missing)}; run `pip install 'florence_vl_hf[train]'`, or `pip install "
-        f"'.[train]'` in the sources."
+        "Training requires datasets; run `pip install 'florence_vl_hf[train]'`, or `pip install '.[train]'` in the "
+        "sources."
     )
 
 from .adapters import lora_config, lora_target_modules, merge_adapter, quantization_config

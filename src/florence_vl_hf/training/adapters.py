@@ -11,12 +11,11 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..conversion import CheckpointError, is_original, load_original
+from ..conversion import CheckpointError, check_model_type, is_original, load_original
 from ..conversion.checkpoint_files import CHECKPOINT_FILES, output_directory, read_json, resolve_checkpoint
 from ..model_cards import CARD_FILE, MergedCard, read_metadata, read_training, write_card
 from ..modeling import FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
-from .base_model import check_model_type
 
 
 logger = logging.get_logger(__name__)

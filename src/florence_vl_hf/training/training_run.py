@@ -12,12 +12,11 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import set_seed
 from transformers.utils import logging
 
-from ..conversion import load_pretrained
+from ..conversion import check_model_type, load_pretrained
 from ..modeling import FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
 from .adapters import lora_config, quantization_config
 from .arguments import DataArguments, FlorenceVLTrainingArguments, ModelArguments, parse_recipe
-from .base_model import check_model_type
 from .checkpoints import last_complete_checkpoint
 from .collator import FlorenceVLCollator
 from .data_loading import load_conversations, with_lengths
