@@ -2,10 +2,10 @@
 """Training stages: which parts of the model are trained."""
 
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from ..modeling import FlorenceVLForConditionalGeneration, FlorenceVLModel
+from .training_hook import inner_model, register_training_hook, set_frozen_parts_to_eval
 
 
 logger = logging.get_logger(__name__)
@@ -38,7 +38,7 @@ def part_of(parameter_name: str) -> str:
 
 def set_trainable(model: FlorenceVLForConditionalGeneration | FlorenceVLModel, stage: str) -> dict[str, int]:
     """
-    Train the parts of a stage, freeze all others, and log both.
+    Train the parts of a stage, freeze all others, and log both. Registers the training hook, for any trainer.
 
     Args:
         model (`FlorenceVLForConditionalGeneration` or `FlorenceVLModel`): A model without adapters.
@@ -58,34 +58,10 @@ def set_trainable(model: FlorenceVLForConditionalGeneration | FlorenceVLModel, s
         is_used = bool(model.config.fusion_prompts) or "vision_tower.encoder." not in name
         parameter.requires_grad_(part_of(name) in STAGES[stage] and is_used and parameter.is_floating_point())
     model.train(model.training)
+    register_training_hook(model)
     set_frozen_parts_to_eval(inner_model(model))
     log_trained(model, f"Stage {stage}")
     return count_trained(model)
-
-
-def inner_model(model: nn.Module) -> FlorenceVLModel:
-    """Return the `FlorenceVLModel` inside a model with a head, with adapters, or in another wrapper."""
-    for module in model.modules():
-        if isinstance(module, FlorenceVLModel):
-            return module
-    raise ValueError(f"Got a {type(model).__name__}, expected a Florence-VL model.")
-
-
-def is_trained(module: nn.Module) -> bool:
-    """Whether any parameter of a module is trained."""
-    return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def set_frozen_parts_to_eval(model: FlorenceVLModel) -> None:
-    """Put parts without trained parameters into evaluation mode, so that they have no dropout or stochastic depth."""
-    for part in (model.vision_tower, model.multi_modal_projector, model.language_model):
-        if not is_trained(part):
-            part.eval()
-    # Gradients of the projector pass through a frozen language model, and only layers in training mode are
-    # checkpointed. The modules of these layers, such as dropout, keep their mode.
-    for layer in model.language_model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.training = model.training
 
 
 def count_trained(model: nn.Module) -> dict[str, int]:

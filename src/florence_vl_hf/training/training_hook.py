@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..modeling import FlorenceVLModel
 from ..modeling.transformers_compat import CACHE
-from .stages import inner_model, is_trained, set_frozen_parts_to_eval
 
 
 def register_training_hook(model: nn.Module) -> None:
     """
-    Prepare the forward pass of a model for training. Call it yourself if you use another trainer than
-    `FlorenceVLTrainer`: before training, and with ZeRO-3 after DeepSpeed has wrapped the model.
+    Prepare the forward pass of a model for training. `set_trainable` and `FlorenceVLTrainer` call it. With another
+    trainer, call it yourself for a model with adapters, and with ZeRO-3 after DeepSpeed has wrapped the model.
 
     1. In training mode, frozen parts stay in evaluation mode: `Trainer` calls `model.train()` before each step.
     2. A batch without images also encodes one black image, whose features are added with weight zero: in training, so
@@ -32,6 +32,31 @@ def register_training_hook(model: nn.Module) -> None:
         hooks[key] = hooks.pop(key)
         return
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+
+
+def inner_model(model: nn.Module) -> FlorenceVLModel:
+    """Return the `FlorenceVLModel` inside a model with a head, with adapters, or in another wrapper."""
+    for module in model.modules():
+        if isinstance(module, FlorenceVLModel):
+            return module
+    raise ValueError(f"Got a {type(model).__name__}, expected a Florence-VL model.")
+
+
+def is_trained(module: nn.Module) -> bool:
+    """Whether any parameter of a module is trained."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def set_frozen_parts_to_eval(model: FlorenceVLModel) -> None:
+    """Put parts without trained parameters into evaluation mode, so that they have no dropout or stochastic depth."""
+    for part in (model.vision_tower, model.multi_modal_projector, model.language_model):
+        if not is_trained(part):
+            part.eval()
+    # Gradients of the projector pass through a frozen language model, and only layers in training mode are
+    # checkpointed. The modules of these layers, such as dropout, keep their mode.
+    for layer in model.language_model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = model.training
 
 
 def _before_forward(
