@@ -59,8 +59,8 @@ def make_checkpoint(directory: Path, num_layers: int, shard_size: str) -> int:
         "rope_theta": 500000.0,
     }
     (directory / "config.json").write_text(json.dumps(original))
-    words = {f"w{i}": i for i in range(1000)}
-    tokenizer = Tokenizer(models.WordLevel({**words, "<s>": 1000, "</s>": 1001, "<unk>": 1002}, unk_token="<unk>"))
+    words = {f"w{i}": i for i in range(3, NUM_ROWS)}  # every row has a name, as in the 8B
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, **words}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"

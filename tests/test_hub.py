@@ -200,13 +200,17 @@ class TestIncomplete:
         self.refuse(directory, hub, f"lacks `auto_map` in {name}")
 
     @pytest.mark.parametrize(
-        ("card", "message"),
-        [("# No metadata\n", "has no metadata; add it, or remove the file"), ("---\na: [\n---\n", "cannot be read")],
+        ("card", "error", "message"),
+        [
+            ("# No metadata\n", CheckpointError, "has no metadata; add it, or remove the file"),
+            ("---\na: [\n---\n", ValueError, "README.md has metadata that cannot be read"),
+        ],
     )
-    def test_unreadable_card(self, card, message, directory, hub):
+    def test_unreadable_card(self, card, error, message, directory, hub):
         (directory / "README.md").write_text(card)
-        self.refuse(directory, hub, message)
-        assert (directory / "README.md").read_text() == card
+        with pytest.raises(error, match=message):
+            push(directory, "someone/florence")
+        assert hub.calls == [] and (directory / "README.md").read_text() == card
 
 
 class TestCard:

@@ -15,7 +15,8 @@ from florence_vl_hf.training.stages import part_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+BLOCKS, TRAINING_BLOCKS = (re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) for text in (README, TRAINING))
 
 
 def test_use_and_features(converted, golden, capsys):
@@ -50,7 +51,11 @@ def test_ablations():
 
 
 def test_training(model, processor, data_file, golden, tmp_path):
-    code = BLOCKS[4].replace("data/mine.json", str(data_file)).replace("data/images", str(golden.folder / "images"))
+    code = (
+        TRAINING_BLOCKS[0]
+        .replace("data/mine.json", str(data_file))
+        .replace("data/images", str(golden.folder / "images"))
+    )
     names = {"model": copy.deepcopy(model), "processor": processor}
     exec(code.replace("runs/mine", str(tmp_path)), names)
     assert names["trainer"].state.global_step == 1

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from .conversion.checkpoint_files import CheckpointError, read_json, read_tensors
 from .conversion.original_checkpoint import tensor_shapes
 from .conversion.original_processor import TOKENIZER_FILES
-from .model_cards import CARD_FILE, SavedCard, read_metadata, write_card
+from .model_cards import CARD_FILE, Card, read_metadata, write_card
 from .modeling import FlorenceVLConfig
 from .modeling.configuration_florence_vl import AUTO_MAP
 from .processing import FlorenceVLProcessor
@@ -20,21 +20,14 @@ from .processing import FlorenceVLProcessor
 
 logger = logging.get_logger(__name__)
 
-# Files of a model beside its weights, code and card. Nothing else is uploaded: no optimizer states, no logs.
+# Files of a model beside its weights and code. Nothing else is uploaded: no optimizer states, no logs.
 KNOWN_FILES = (
-    "config.json",
-    "generation_config.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-    *TOKENIZER_FILES,
-    "LICENSE*",
-    "NOTICE*",
+    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja", *TOKENIZER_FILES),
+    *("model.safetensors.index.json", CARD_FILE, "LICENSE*", "NOTICE*"),
 )
-WEIGHTS_INDEX = "model.safetensors.index.json"
 # Entries of `auto_map` that each file must have.
-AUTO_CLASSES = {"config.json": tuple(AUTO_MAP), "processor_config.json": ("AutoProcessor",)}
+AUTO_MAPS = {"config.json": AUTO_MAP, "processor_config.json": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
 
 
 def push(directory: str | Path, repo_id: str, private: bool = False, dry_run: bool = False) -> dict[str, int]:
@@ -52,11 +45,11 @@ def push(directory: str | Path, repo_id: str, private: bool = False, dry_run: bo
 
     Raises:
         CheckpointError: If the model is incomplete. Nothing is uploaded then.
-        ValueError: If `repo_id` is invalid, no token is set, or a private model would become public.
+        ValueError: If `repo_id` or the card is invalid, no token is set, or a private model would become public.
     """
     directory = Path(directory)
     validate_repo_id(repo_id)
-    if repo_id.count("/") != 1:
+    if "/" not in repo_id:
         raise ValueError(f"{repo_id!r} is not the id of a repository; give it as user/name.")
     files = files_to_push(directory, repo_id)
     if dry_run:
@@ -68,88 +61,40 @@ def push(directory: str | Path, repo_id: str, private: bool = False, dry_run: bo
     # `create_repo` does not change a repository that exists.
     if private and not api.model_info(repo_id).private:
         raise ValueError(f"{repo_id} exists and is public; make it private first, or push without --private.")
+    patterns = [glob.escape(name) for name in files]
     api.upload_folder(
-        repo_id=repo_id,
-        folder_path=directory,
-        allow_patterns=[glob.escape(name) for name in files],
-        commit_message="Upload Florence-VL",
+        repo_id=repo_id, folder_path=directory, allow_patterns=patterns, commit_message="Upload Florence-VL"
     )
     return files
 
 
 def files_to_push(directory: Path, name: str | None = None) -> dict[str, int]:
     """
-    Check that a directory contains a complete model, write its card if there is none, and list its files.
-
-    Args:
-        directory (`Path`): Directory of the model.
-        name (`str`, *optional*): Name of the model in its card. By default, the directory's.
-
-    Returns:
-        `dict[str, int]`: Paths within the directory, and sizes in bytes.
-
-    Raises:
-        CheckpointError: If a file is missing or damaged, or files do not match.
+    Check that a directory contains a complete model, write its card if there is none, and list its files with their
+    sizes in bytes. `name` is that of the model in its card, by default the directory's.
     """
     model_type = read_json(directory / "config.json").get("model_type")
     if model_type != FlorenceVLConfig.model_type:
-        raise CheckpointError(
-            f"{directory} has model type {model_type!r}, expected {FlorenceVLConfig.model_type!r}; convert it first."
-        )
+        raise CheckpointError(f"{directory} has model type {model_type!r}, expected 'florence_vl'; convert it first.")
     config = FlorenceVLConfig.from_pretrained(directory)
+    files = _code_files(directory) | _weight_files(directory, config)
     processor = _load_processor(directory, config)
-    files = {CARD_FILE, *_weight_files(directory, config), *_code_files(directory)}
-    _ensure_card(directory, SavedCard(name=name or directory.resolve().name, config=config, processor=processor))
-    files |= {
-        path.relative_to(directory).as_posix()
-        for pattern in KNOWN_FILES
-        for path in directory.glob(pattern)
-        if path.is_file()
-    }
-    return {file: (directory / file).stat().st_size for file in sorted(files)}
+    card_file = directory / CARD_FILE
+    if not card_file.exists():
+        write_card(directory, Card(name=name or directory.resolve().name, config=config, processor=processor))
+        logger.warning(f"Wrote {card_file}, since the model had no card; add what it was trained on, and its licence.")
+    elif not read_metadata(directory):
+        raise CheckpointError(f"{card_file} has no metadata; add it, or remove the file to get a generated card.")
+    files |= {path for pattern in KNOWN_FILES for path in directory.glob(pattern) if path.is_file()}
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in sorted(files)}
 
 
-def _load_processor(directory: Path, config: FlorenceVLConfig) -> FlorenceVLProcessor:
-    read_json(directory / "processor_config.json")  # names the file if it is missing
-    try:
-        processor = FlorenceVLProcessor.from_pretrained(directory)
-    except Exception as error:  # tokenizers and image processors raise many types
-        raise CheckpointError(
-            f"The processor in {directory} cannot be loaded ({error}); save it there again."
-        ) from error
-    given = (processor.num_image_tokens, processor.image_token_id)
-    expected = (config.num_image_tokens, config.image_token_id)
-    if given != expected:
-        raise CheckpointError(
-            f"The processor in {directory} turns an image into {given[0]} tokens of id {given[1]}, but the model "
-            f"expects {expected[0]} of id {expected[1]}; save the processor of this model."
-        )
-    return processor
-
-
-def _weight_files(directory: Path, config: FlorenceVLConfig) -> set[str]:
-    tensors = read_tensors(directory)
-    files = {tensor.file.name for tensor in tensors.values()}
-    if not files or any(Path(file).suffix != ".safetensors" for file in files):
-        raise CheckpointError(
-            f"{directory} has no complete model.safetensors, in one file or in shards; save the model there with "
-            f"`save_pretrained`."
-        )
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if missing := set(tensor_shapes(config)) - set(tensors) - tied:
-        raise CheckpointError(
-            f"The weights in {directory} lack {len(missing)} tensors of the model, such as {min(missing)}; save the "
-            f"model again."
-        )
-    return files | ({WEIGHTS_INDEX} if (directory / WEIGHTS_INDEX).is_file() else set())
-
-
-def _code_files(directory: Path) -> set[str]:
-    missing = []
-    for file, names in AUTO_CLASSES.items():
-        auto_map = read_json(directory / file).get("auto_map") or {}
-        if any(auto_map.get(name) != AUTO_MAP[name] for name in names):
-            missing.append(f"`auto_map` in {file}")
+def _code_files(directory: Path) -> set[Path]:
+    missing = [
+        f"`auto_map` in {file}"
+        for file, auto_map in AUTO_MAPS.items()
+        if not auto_map.items() <= (read_json(directory / file).get("auto_map") or {}).items()
+    ]
     modules = {directory / f"{reference.partition('.')[0]}.py" for reference in AUTO_MAP.values()}
     try:
         modules |= {Path(imported) for module in sorted(modules) for imported in get_relative_import_files(module)}
@@ -160,20 +105,36 @@ def _code_files(directory: Path) -> set[str]:
             f"{directory} does not load where this package is not installed: it lacks {' and '.join(missing)}. Load "
             f"and save the model and the processor again: `save_pretrained` writes both."
         )
-    return {module.name for module in modules}
+    return modules
 
 
-def _ensure_card(directory: Path, card: SavedCard) -> None:
+def _weight_files(directory: Path, config: FlorenceVLConfig) -> set[Path]:
+    tensors = read_tensors(directory)
+    files = {tensor.file for tensor in tensors.values()}
+    if {file.suffix for file in files} != {".safetensors"}:
+        raise CheckpointError(f"{directory} has no complete model.safetensors; save the model with `save_pretrained`.")
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if missing := tensor_shapes(config).keys() - tensors.keys() - tied:
+        raise CheckpointError(
+            f"The weights in {directory} lack {len(missing)} tensors of the model, such as {min(missing)}; save the "
+            f"model again."
+        )
+    return files
+
+
+def _load_processor(directory: Path, config: FlorenceVLConfig) -> FlorenceVLProcessor:
     try:
-        metadata = read_metadata(directory)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    path = directory / CARD_FILE
-    if path.is_file() and not metadata:
-        raise CheckpointError(f"{path} has no metadata; add it, or remove the file to get a generated card.")
-    if not path.is_file():
-        write_card(directory, card)
-        logger.warning(f"Wrote {path}, since the model had no card; add what it was trained on, and its licence.")
+        processor = FlorenceVLProcessor.from_pretrained(directory)
+    except Exception as error:  # tokenizers and image processors raise many types
+        raise CheckpointError(f"The processor in {directory} cannot be loaded ({error}); save it again.") from error
+    given = (processor.num_image_tokens, processor.image_token_id)
+    expected = (config.num_image_tokens, config.image_token_id)
+    if given != expected:
+        raise CheckpointError(
+            f"The processor in {directory} turns an image into {given[0]} tokens of id {given[1]}, but the model "
+            f"expects {expected[0]} of id {expected[1]}; save the processor of this model."
+        )
+    return processor
 
 
 __all__ = ["files_to_push", "push"]

@@ -30,7 +30,7 @@ class TestConvert:
         assert "577 tokens" in result.stderr
 
     def test_from_the_hub_says_how_to_compare_with_the_original(self, tmp_path, monkeypatch, capfd):
-        downloaded = "florence_vl_hf.conversion.convert_florence_vl_to_hf.snapshot_download"
+        downloaded = "florence_vl_hf.conversion.checkpoint_files.snapshot_download"
         monkeypatch.setattr(downloaded, lambda *_, **__: str(LLAMA / "checkpoint"))
         output, arguments = tmp_path / "out", ["--vision-tower", LLAMA / "vision_tower"]
         assert status("convert", "jiuhai/florence-vl-8b-sft", output, *arguments) == 0

@@ -31,6 +31,7 @@ class TestCheckData:
 
 
 class TestPlanMemory:
+    @pytest.mark.slow
     def test_without_a_recipe_it_is_a_table(self, capfd):
         assert status("plan-memory") == 0
         assert "| finetune 8B |" in capfd.readouterr().out
@@ -41,6 +42,7 @@ class TestPlanMemory:
         printed = capfd.readouterr().out
         assert "2 GPUs, fsdp2, 3 samples of 32 " in printed
 
+    @pytest.mark.slow
     def test_shape_of_a_published_model(self, recipe, capfd):
         assert status("plan-memory", recipe, "--shape", "3b") == 0
         assert "3,8" in capfd.readouterr().out  # language model of 3.8 billion parameters

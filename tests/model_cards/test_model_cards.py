@@ -12,9 +12,9 @@ from transformers import IntervalStrategy
 
 from florence_vl_hf.conversion import convert
 from florence_vl_hf.model_cards import (
+    Card,
     ConvertedCard,
     MergedCard,
-    SavedCard,
     TrainedCard,
     Training,
     public_name,
@@ -298,7 +298,7 @@ class TestTraining:
 class TestSaved:
     def test_claims_nothing_and_shows_use(self, phi, processor, tmp_path):
         config = type(tiny_config()).from_pretrained(phi)
-        card = written(SavedCard(name="me/mine", config=config, processor=processor), tmp_path)
+        card = written(Card(name="me/mine", config=config, processor=processor), tmp_path)
         assert set(card.data.to_dict()) == MINIMAL_METADATA
         assert 'path = "me/mine"' in card.text and "apply_chat_template" in card.text
         assert "| language model | phi3 |" in card.text and "state them as `license`" in card.text
@@ -307,5 +307,5 @@ class TestSaved:
     def test_use_without_a_chat_template_for_questions(self, template, phi, tmp_path):
         processor = FlorenceVLProcessor.from_pretrained(phi)
         processor.chat_template = template and load_chat_template(template, processor.tokenizer)
-        text = written(SavedCard(name="mine", config=tiny_config(), processor=processor), tmp_path).text
+        text = written(Card(name="mine", config=tiny_config(), processor=processor), tmp_path).text
         assert 'text="<image>"' in text and "apply_chat_template" not in text

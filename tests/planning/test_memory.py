@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from florence_vl_hf import FlorenceVLConfig, FlorenceVLForConditionalGeneration
-from florence_vl_hf.planning import KNOWN_RUNS, TrainingSetup, format_table, plan_memory, published_config, read_setup
+from florence_vl_hf.planning import TrainingSetup, format_table, plan_memory, published_config, read_setup
+from florence_vl_hf.planning.memory import KNOWN_RUNS
 from florence_vl_hf.training import RECIPES, read_recipe
 
 from ..conftest import status, tiny_config
@@ -247,6 +248,22 @@ class TestSettings:
         setup = read_setup(recipe, accelerate_config=RECIPES / f"accelerate/{file}.yaml")[2]
         assert setup.sharding == sharding
 
+    @pytest.mark.parametrize("file", ["fsdp2", RECIPES / "accelerate/fsdp2.yaml"])
+    def test_accelerate_configs_are_found_by_name_and_path(self, file: str | Path) -> None:
+        recipe = {"model_name_or_path": "somewhere", "train_file": "data.json"}
+        setup = read_setup(recipe, accelerate_config=file)[2]
+        assert (setup.sharding, setup.num_gpus) == ("fsdp2", 8)
+
+    def test_unknown_accelerate_config_raises(self) -> None:
+        recipe = {"model_name_or_path": "somewhere", "train_file": "data.json"}
+        with pytest.raises(ValueError, match=r"fsdp3.*ddp, deepspeed_zero2, deepspeed_zero3, fsdp2"):
+            read_setup(recipe, accelerate_config="fsdp3")
+
+    def test_settings_for_other_machines_are_ignored(self) -> None:
+        """`TrainingArguments` would look for a GPU and for DeepSpeed."""
+        recipe = {"model_name_or_path": "somewhere", "train_file": "data.json", "fp16": True, "tf32": True}
+        assert read_setup(recipe | {"deepspeed": "zero3.json"})[2].mixed_precision
+
     def test_other_optimizers_raise(self) -> None:
         recipe = {"model_name_or_path": "somewhere", "train_file": "data.json", "optim": "sgd"}
         with pytest.raises(ValueError, match="sgd"):
@@ -282,6 +299,13 @@ class TestCommand:
         assert "2 GPUs, ddp" in output
         assert "samples of 32 tokens" in output
         assert "total per GPU" in output
+
+    def test_accelerate_config_by_name(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        tiny_config().save_pretrained(tmp_path / "model")
+        recipe = {"model_name_or_path": str(tmp_path / "model"), "train_file": "data.json"}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        assert status("plan-memory", str(tmp_path / "recipe.yaml"), "--accelerate-config", "deepspeed_zero3") == 0
+        assert "8 GPUs, zero3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["finetune 8B"])

@@ -244,3 +244,10 @@ def test_registered_again_it_runs_after_hooks_of_wrappers():
 def test_another_model():
     with pytest.raises(ValueError, match="Linear, expected a Florence-VL"):
         register_training_hook(torch.nn.Linear(1, 1))
+
+
+def test_set_trainable_registers_the_hook_for_any_trainer():
+    model = tiny_model()
+    set_trainable(model, "finetune")
+    loss_of(model.train())
+    assert not any(module.training for module in model.model.vision_tower.modules())

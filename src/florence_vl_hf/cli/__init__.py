@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from .chat import chat
 from .convert import assemble, convert, export, verify
@@ -13,13 +14,7 @@ from .hub import push
 from .train import check_data, merge, plan_memory, train
 
 
-app = typer.Typer(
-    name="florence-vl",
-    help="Florence-VL for Hugging Face Transformers.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (convert, export, assemble, verify, check_data, train, plan_memory, merge, chat, push):
     app.command()(command)
 
@@ -36,11 +31,12 @@ def _print_versions(is_requested: bool) -> None:
 @app.callback()
 def set_options(
     context: typer.Context,
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of an error.")] = False,
+    traceback: Annotated[bool, Option("--traceback", help="Show the traceback of an error.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_versions, is_eager=True, help="Show versions and exit.")
+        bool, Option("--version", callback=_print_versions, is_eager=True, help="Show versions and exit.")
     ] = False,
 ) -> None:
+    """Florence-VL for Hugging Face Transformers."""
     context.obj["traceback"] = traceback
 
 

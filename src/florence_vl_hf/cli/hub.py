@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 
 def push(
-    directory: Annotated[Path, typer.Argument(metavar="MODEL", help="Directory of a converted or trained model.")],
-    repository: Annotated[str, typer.Argument(help="Repository, as user/name. It is created if it does not exist.")],
-    private: Annotated[bool, typer.Option("--private", help="Require a private repository.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the files, but upload nothing.")] = False,
+    directory: Annotated[Path, Argument(help="Directory of a converted or trained model.")],
+    repository: Annotated[str, Argument(help="Repository, as user/name. It is created if it does not exist.")],
+    private: Annotated[bool, Option("--private", help="Require a private repository.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Check and list the files, but upload nothing.")] = False,
 ) -> None:
     """Upload a complete model to the Hub, without other files of its directory."""
     from ..hub import push as push_model
@@ -19,8 +20,5 @@ def push(
     files = push_model(directory, repository, private=private, dry_run=dry_run)
     for name, size in files.items():
         typer.echo(f"{size:>15,}  {name}")
-    total = f"{len(files)} files, {sum(files.values()):,} bytes"
-    if dry_run:
-        typer.echo(f"{total} would be uploaded to {repository}. Nothing was uploaded.")
-    else:
-        typer.echo(f"Uploaded {total} to https://huggingface.co/{repository}.")
+    done = "Nothing was uploaded" if dry_run else f"Uploaded to https://huggingface.co/{repository}"
+    typer.echo(f"{len(files)} files, {sum(files.values()):,} bytes. {done}.")

@@ -1,35 +1,17 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Options and arguments that several commands share."""
+"""Arguments and options that several commands share, and the line that says what was written."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from typer import Argument, Option
 
 
 if TYPE_CHECKING:
     import torch
 
-
-DtypeName = Literal["bfloat16", "float16", "float32"]
-
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Directory or Hub id of a converted, trained or original model.")
-]
-Output = Annotated[Path, typer.Argument(metavar="OUTPUT", help="Output directory. It must not exist, or be empty.")]
-ImageFeatureSource = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Override how the vision tower turns an image into tokens: one or more of spatial_avg_pool, "
-        "temporal_avg_pool and last_frame, separated by commas."
-    ),
-]
-MaxShardSize = Annotated[str, typer.Option(help="Maximum size of one file of weights, which is held in memory.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the recipe. Can be repeated."),
-]
-Device = Annotated[str, typer.Option(help="Device of the model, such as cpu, cuda or auto.")]
+    from ..modeling import FlorenceVLConfig
 
 
 def split(values: list[str] | None) -> list[str] | None:
@@ -37,7 +19,37 @@ def split(values: list[str] | None) -> list[str] | None:
     return [value for given in values or [] for value in given.replace(",", " ").split()] or None
 
 
-def torch_dtype(name: DtypeName | None) -> "torch.dtype | None":
+Model = Annotated[str, Argument(help="Directory or Hub id of a converted, trained or original model.")]
+Output = Annotated[Path, Argument(help="Output directory. It must not exist, or be empty.")]
+FeatureSource = Annotated[
+    list[str] | None,
+    Option(
+        callback=split,
+        help="Override how the vision tower turns an image into tokens: one or more of spatial_avg_pool, "
+        "temporal_avg_pool and last_frame, separated by commas.",
+    ),
+]
+ChatTemplate = Annotated[str | None, Option(help="llama3, phi3, vicuna or plain. By default, the model's.")]
+Dtype = Annotated[
+    Literal["bfloat16", "float16", "float32"] | None,
+    Option(help="Dtype of the weights. If omitted, that of the given model."),
+]
+ShardSize = Annotated[str, Option(help="Maximum size of one file of weights, which is held in memory.")]
+Settings = Annotated[
+    list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a setting of the recipe. Can be repeated.")
+]
+Device = Annotated[str, Option(help="Device of the model, such as cpu, cuda or auto.")]
+
+
+def torch_dtype(name: str | None) -> "torch.dtype | None":
     import torch
 
     return None if name is None else getattr(torch, name)
+
+
+def echo_written(output: Path, config: "FlorenceVLConfig", num_parameters: int) -> None:
+    typer.echo(
+        f"Wrote {output}: {config.text_config.model_type}, {num_parameters / 1e6:,.1f} million parameters, "
+        f"{config.fusion_strategy} fusion of {', '.join(config.fusion_features or [])}, "
+        f"{config.num_image_tokens} tokens per image of {config.image_size} x {config.image_size}."
+    )

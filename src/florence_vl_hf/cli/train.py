@@ -1,39 +1,29 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Commands of `training` and `planning`."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer import Argument, Option
 
-from .options import DtypeName, MaxShardSize, Output, Settings, torch_dtype
+from . import options
 
 
 def check_data(
     file: Annotated[
-        str,
-        typer.Argument(
-            metavar="FILE",
-            help="Conversations: a .json, .jsonl or .parquet file, a directory of the library datasets, or a Hub id.",
-        ),
+        str, Argument(help="Conversations: a .json, .jsonl or .parquet file, a directory of `datasets`, or a Hub id.")
     ],
-    image_folder: Annotated[
-        Path | None, typer.Option(help="Directory that image paths are relative to. By default, that of FILE.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Directory or Hub id of the model to train, whose tokenizer counts tokens.")
-    ] = None,
-    max_length: Annotated[int, typer.Option(help="Maximum number of tokens of a sample in training.", min=1)] = 2048,
-    chat_template: Annotated[
-        str | None, typer.Option(help="llama3, phi3, vicuna or plain. By default, that of the model.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(help="Number of processes. By default, one per core.", min=0)] = None,
-    split: Annotated[str, typer.Option(help="Split of a dataset that has several.")] = "train",
-    show: Annotated[int, typer.Option(help="Number of samples to name for each kind of problem.", min=0)] = 5,
-    report: Annotated[
-        Path | None, typer.Option(help="Write every problem to this .jsonl file.", metavar="FILE.jsonl")
-    ] = None,
+    image_folder: Annotated[Path | None, Option(help="Directory of relative image paths; by default, FILE's.")] = None,
+    model: Annotated[str | None, Option(help="Directory or Hub id of a model whose tokenizer counts tokens.")] = None,
+    max_length: Annotated[int, Option(help="Maximum number of tokens of a sample in training.", min=1)] = 2048,
+    chat_template: options.ChatTemplate = None,
+    workers: Annotated[int | None, Option(help="Number of processes. By default, one per core.", min=0)] = None,
+    split: Annotated[str, Option(help="Split of a dataset that has several.")] = "train",
+    show: Annotated[int, Option(help="Number of samples to name for each kind of problem.", min=0)] = 5,
+    report: Annotated[Path | None, Option(help="Write every problem to this .jsonl file.")] = None,
 ) -> None:
     """Check all conversations and images before training. The exit code is 1 if there are problems."""
     from ..conversion import is_original, read_original
@@ -44,10 +34,11 @@ def check_data(
 
     if chat_template is not None and model is None:
         raise typer.BadParameter("It requires the tokenizer of a --model.", param_hint="--chat-template")
-    processor = None
-    if model is not None and is_original(model):
+    if model is None:
+        processor = None
+    elif is_original(model):
         processor = read_original(resolve_checkpoint(model)).processor
-    elif model is not None:
+    else:
         processor = FlorenceVLProcessor.from_pretrained(model)
     result = checks.check_data(
         load_conversations(file, image_folder, split),
@@ -72,20 +63,17 @@ def _list_settings(is_requested: bool) -> None:
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="YAML file of settings, or the name of a recipe of this package.")],
-    changes: Settings = None,
+    recipe: Annotated[str, Argument(help="YAML file of settings, or the name of a recipe of this package.")],
+    changes: options.Settings = None,
     on_error: Annotated[
         Literal["skip", "raise"] | None,
-        typer.Option(help="Skip and count broken samples, or stop at the first. Overrides `on_error` of the recipe."),
+        Option(help="Skip and count broken samples, or stop at the first. Overrides the recipe."),
     ] = None,
     settings: Annotated[
-        bool,
-        typer.Option("--settings", callback=_list_settings, is_eager=True, help="List the settings of a recipe."),
+        bool, Option("--settings", callback=_list_settings, is_eager=True, help="List the settings of a recipe.")
     ] = False,
 ) -> None:
     """Train a model with a recipe, or resume an interrupted run."""
-    import logging
-
     from ..training import read_recipe
     from ..training import train as train_model
 
@@ -93,27 +81,22 @@ def train(
     # One process of a distributed run is enough to log.
     if os.environ.get("RANK", "0") == "0":
         logging.getLogger("florence_vl_hf").setLevel(logging.INFO)
-    overrides = {} if on_error is None else {"on_error": on_error}
-    train_model(read_recipe(recipe, changes) | overrides)
+    train_model(read_recipe(recipe, changes) | ({"on_error": on_error} if on_error else {}))
 
 
 def plan_memory(
     recipe: Annotated[
-        str | None,
-        typer.Argument(help="YAML file or name of a recipe. By default, a table of the paper's runs and of others."),
+        str | None, Argument(help="YAML file or name of a recipe. By default, a table of the paper's runs and others.")
     ] = None,
-    changes: Settings = None,
-    accelerate_config: Annotated[Path | None, typer.Option(help="Configuration file of `accelerate launch`.")] = None,
-    num_gpus: Annotated[int | None, typer.Option(help="Number of GPUs of all machines together.", min=1)] = None,
+    changes: options.Settings = None,
+    accelerate_config: Annotated[Path | None, Option(help="Configuration file of `accelerate launch`.")] = None,
+    num_gpus: Annotated[int | None, Option(help="Number of GPUs of all machines together.", min=1)] = None,
     sharding: Annotated[
         Literal["none", "ddp", "zero2", "zero3", "fsdp2"] | None,
-        typer.Option(help="How GPUs share the model. Overrides the accelerate configuration."),
+        Option(help="How GPUs share the model. Overrides the configuration of accelerate."),
     ] = None,
-    shape: Annotated[
-        Literal["8b", "3b"] | None,
-        typer.Option(help="Plan for the shape of a published model instead of the recipe's model."),
-    ] = None,
-    images_per_sample: Annotated[int, typer.Option(help="Number of images per sample.", min=0)] = 1,
+    shape: Annotated[Literal["8b", "3b"] | None, Option(help="Plan for a published model, not the recipe's.")] = None,
+    images_per_sample: Annotated[int, Option(help="Number of images per sample.", min=0)] = 1,
 ) -> None:
     """Estimate the memory of training per GPU from the model's configuration."""
     from ..conversion import is_original, read_original
@@ -141,21 +124,17 @@ def plan_memory(
 
 
 def merge(
-    adapter: Annotated[str, typer.Argument(help="Directory or Hub id of a LoRA adapter that peft saved.")],
-    output: Output,
+    adapter: Annotated[str, Argument(help="Directory or Hub id of a LoRA adapter that peft saved.")],
+    output: options.Output,
     base: Annotated[
         str | None,
-        typer.Option(
-            help="Directory or Hub id of the adapter's base model, not quantized. By default, the one that the "
-            "adapter names."
-        ),
+        Option(help="Directory or Hub id of its base model, not quantized, if the adapter's has moved."),
     ] = None,
-    dtype: Annotated[DtypeName | None, typer.Option(help="By default, that of the base model.")] = None,
-    max_shard_size: MaxShardSize = "1GB",
+    dtype: options.Dtype = None,
+    max_shard_size: options.ShardSize = "1GB",
 ) -> None:
     """Merge an adapter into its base model, which then loads without peft."""
     from ..training import merge_adapter
 
-    model = merge_adapter(adapter, output, base=base, dtype=torch_dtype(dtype), max_shard_size=max_shard_size)
-    num_parameters = model.num_parameters() / 1e6
-    typer.echo(f"Wrote {output}: {model.config.text_config.model_type}, {num_parameters:,.1f} million parameters.")
+    model = merge_adapter(adapter, output, base=base, dtype=options.torch_dtype(dtype), max_shard_size=max_shard_size)
+    options.echo_written(output, model.config, model.num_parameters())

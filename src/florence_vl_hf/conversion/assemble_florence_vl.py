@@ -32,8 +32,6 @@ from .original_processor import add_image_token, build_processor, load_original_
 
 logger = logging.get_logger(__name__)
 
-# The paper pretrains on images and their captions.
-PRETRAINING_CHAT_TEMPLATE = "plain"
 # Tokens of known tokenizers that are unused and can pad, Llama-3's first.
 PADDING_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<PAD>")
 
@@ -48,7 +46,7 @@ def assemble(
     image_feature_source: list[str] | None = None,
     projector_depth: int = 3,
     dtype: torch.dtype | None = None,
-    chat_template: str = PRETRAINING_CHAT_TEMPLATE,
+    chat_template: str = "plain",
     max_shard_size: int | str = "1GB",
 ) -> ConvertedCheckpoint:
     """
@@ -73,7 +71,7 @@ def assemble(
         `ConvertedCheckpoint`: What was written, with what had to be assumed.
 
     Raises:
-        CheckpointError: If the parts do not fit together. Nothing is written then.
+        ValueError: If the parts do not fit together, such as a `CheckpointError`. Nothing is written then.
     """
     with output_directory(Path(output)) as directory:
         tower_directory, llm_directory = resolve_checkpoint(vision_tower), resolve_checkpoint(llm)
@@ -83,39 +81,37 @@ def assemble(
         num_original_rows = text_config.vocab_size
         image_token_id, text_config.vocab_size = add_image_token(tokenizer, num_original_rows)
         text_config.pad_token_id = tokenizer.pad_token_id
-        try:
-            config = FlorenceVLConfig(
-                vision_config=tower.config,
-                text_config=text_config,
-                image_token_id=image_token_id,
-                image_size=tower.image_size,
-                image_feature_source=tower.image_feature_source,
-                fusion_strategy=fusion_strategy,
-                fusion_features=fusion_features,
-                prompts=DEFAULT_PROMPTS | (prompts or {}),
-                prompt_token_ids=_tokenize(prompts, tower_directory) if prompts else None,
-                projector_depth=projector_depth,
-                architectures=[FlorenceVLForConditionalGeneration.__name__],
-            )
-        except ValueError as error:
-            raise CheckpointError(f"{vision_tower} and {llm} cannot be assembled: {error}") from error
+        prompt_token_ids = None
+        if prompts:
+            # Florence-2's tokenizer is BART's, under whichever name its first release gives.
+            tower_tokenizer = load_original_tokenizer(tower_directory, BartTokenizer)
+            prompt_token_ids = {name: tower_tokenizer(text).input_ids for name, text in prompts.items()}
+        config = FlorenceVLConfig(
+            vision_config=tower.config,
+            text_config=text_config,
+            image_token_id=image_token_id,
+            image_size=tower.image_size,
+            image_feature_source=tower.image_feature_source,
+            fusion_strategy=fusion_strategy,
+            fusion_features=fusion_features,
+            prompts=DEFAULT_PROMPTS | (prompts or {}),
+            prompt_token_ids=prompt_token_ids,
+            projector_depth=projector_depth,
+            architectures=[FlorenceVLForConditionalGeneration.__name__],
+        )
 
         stored = read_tensors(llm_directory)
         embeddings = stored.get("model.embed_tokens.weight")
-        if embeddings is None or not embeddings.dtype.is_floating_point:
-            raise CheckpointError(
-                f"{llm} has no model.embed_tokens.weight of a floating-point dtype; give an unquantized model such as "
-                f"Llama, Phi-3, Mistral or Qwen."
-            )
+        if embeddings is None:
+            raise CheckpointError(f"{llm} has no model.embed_tokens.weight; give a Llama, Phi-3, Mistral or Qwen.")
         config.dtype = dtype or embeddings.dtype
         stored |= {ORIGINAL_TOWER + name: tensor for name, tensor in read_tower_tensors(tower_directory).items()}
         tensors, _ = convert_tensors(config, stored | _new_projector(config), num_original_rows, config.dtype)
+        # The paper pretrains on images that are resized without padding.
+        processor = build_processor(tower, tokenizer, config.num_image_tokens, False, chat_template)
         checkpoint = ConvertedCheckpoint(
             config=config,
-            # The paper pretrains on images that are resized without padding.
-            processor=build_processor(
-                tower, tokenizer, config.num_image_tokens, do_pad=False, chat_template=chat_template
-            ),
+            processor=processor,
             generation_config=read_generation_config(llm_directory, config, num_original_rows),
             tensors=tensors,
             assumptions=assumptions,
@@ -133,8 +129,7 @@ def _read_text_config(llm: Path) -> PreTrainedConfig:
     """Read the configuration of a causal language model, without what describes its own checkpoint."""
     try:
         config = AutoConfig.from_pretrained(llm, trust_remote_code=False)
-    except Exception as error:
-        # Transformers raises many exceptions: unknown model type, damaged file, contradicting settings.
+    except Exception as error:  # Transformers raises many types, for unknown model types and damaged files
         raise CheckpointError(f"The configuration of {llm} cannot be loaded: {error}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.get_text_config() is not config:
         raise CheckpointError(
@@ -162,19 +157,13 @@ def _ensure_padding_token(tokenizer: PreTrainedTokenizerBase) -> list[Assumption
     return [Assumption(AssumptionKind.PADDING_TOKEN, token=candidates[0])]
 
 
-def _tokenize(prompts: dict[str, str], vision_tower: Path) -> dict[str, list[int]]:
-    # Florence-2's tokenizer is BART's, under whichever name its first release gives.
-    tokenizer = load_original_tokenizer(vision_tower, BartTokenizer)
-    return {name: tokenizer(text).input_ids for name, text in prompts.items()}
-
-
 def _new_projector(config: FlorenceVLConfig) -> dict[str, LazyTensor]:
     """Return the tensors of an untrained projector by their original names."""
     std = getattr(config.text_config, "initializer_range", None) or 0.02
     shapes = {name: shape for name, shape in tensor_shapes(config).items() if ".multi_modal_projector." in name}
     projector = {}
     for seed, (name, shape) in enumerate(shapes.items()):
-        original = to_original(name)[0].name
+        original = to_original(name)[0].name or name
         load = partial(_new_tensor, shape, std if len(shape) > 1 else 0.0, seed)
         projector[original] = LazyTensor(original, Path("the new projector"), torch.float32, shape, load)
     return projector
@@ -182,8 +171,7 @@ def _new_projector(config: FlorenceVLConfig) -> dict[str, LazyTensor]:
 
 def _new_tensor(shape: tuple[int, ...], std: float, seed: int) -> torch.Tensor:
     # A seed per tensor gives the same values on every machine and in any order.
-    generator = torch.Generator().manual_seed(seed)
-    return torch.zeros(shape).normal_(0.0, std, generator=generator) if std else torch.zeros(shape)
+    return torch.zeros(shape).normal_(0.0, std, generator=torch.Generator().manual_seed(seed))
 
 
-__all__ = ["PRETRAINING_CHAT_TEMPLATE", "assemble"]
+__all__ = ["assemble"]

@@ -7,15 +7,12 @@ import torch
 from transformers.utils import logging
 
 from ..model_cards import ConvertedCard, public_name, write_card
-from .checkpoint_files import output_directory, resolve_checkpoint
-from .original_checkpoint import ConvertedCheckpoint, read_original
+from .checkpoint_files import output_directory
+from .original_checkpoint import TOWER_DIRECTORY, ConvertedCheckpoint, read_original
 from .original_config import describe_assumption
 
 
 logger = logging.get_logger(__name__)
-
-# Files of a Florence-2 that are downloaded where the checkpoint has the weights.
-TOWER_CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 
 
 def convert(
@@ -49,15 +46,11 @@ def convert(
     Raises:
         CheckpointError: If the checkpoint cannot be converted. Nothing is written then.
     """
-    output = Path(output)
-    with output_directory(output) as directory:
-        source_directory = resolve_checkpoint(source)
-        base_directory = None if base is None else resolve_checkpoint(base)
-        tower_directory = None if vision_tower is None else resolve_checkpoint(vision_tower, TOWER_CONFIG_FILES)
+    with output_directory(Path(output)) as directory:
         checkpoint = read_original(
-            source_directory,
-            base=base_directory,
-            vision_tower=tower_directory,
+            source,
+            base=base,
+            vision_tower=vision_tower,
             image_feature_source=image_feature_source,
             dtype=dtype,
             chat_template=chat_template,
@@ -65,11 +58,10 @@ def convert(
         for assumption in checkpoint.assumptions:
             logger.warning(describe_assumption(assumption))
         checkpoint.save(directory, max_shard_size)
-        given = {source_directory: source}
-        given |= {base_directory: base} if base_directory and base else {}
-        given |= {tower_directory: vision_tower} if tower_directory and vision_tower else {}
+        # Cards do not show local paths.
+        tower = public_name(vision_tower) if vision_tower else f"{public_name(base or source)}/{TOWER_DIRECTORY}"
         card = ConvertedCard(
-            name=output.name,
+            name=Path(output).name,
             config=checkpoint.config,
             processor=checkpoint.processor,
             source=source,
@@ -79,17 +71,7 @@ def convert(
             cast_to=None if dtype is None else str(dtype).removeprefix("torch."),
             num_added_rows=checkpoint.num_added_rows,
             num_unused=len(checkpoint.unused),
-            assumptions=[
-                describe_assumption(a, lambda path: _public_path(path, given)) for a in checkpoint.assumptions
-            ],
+            assumptions=[describe_assumption(assumption, tower) for assumption in checkpoint.assumptions],
         )
         write_card(directory, card)
     return checkpoint
-
-
-def _public_path(path: Path, given: dict[Path, str | Path]) -> str:
-    """Replace the directory of a checkpoint by its public name: cards do not show local paths."""
-    for directory, name in given.items():
-        if path.is_relative_to(directory):
-            return Path(public_name(name), path.relative_to(directory)).as_posix()
-    return path.name

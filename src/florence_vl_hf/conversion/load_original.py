@@ -10,8 +10,7 @@ from transformers.utils import find_adapter_config_file, logging
 
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor, load_chat_template
-from .checkpoint_files import CheckpointError, read_json, resolve_checkpoint
-from .convert_florence_vl_to_hf import TOWER_CONFIG_FILES
+from .checkpoint_files import CheckpointError, read_json
 from .original_checkpoint import read_original
 from .original_config import TEXT_MODEL_TYPES, describe_assumption, own_fields
 
@@ -31,6 +30,16 @@ def is_original(path_or_id: str | Path, **hub_kwargs: Any) -> bool:
     return config.get("model_type") in TEXT_MODEL_TYPES
 
 
+def check_model_type(path_or_id: str | Path) -> None:
+    """Raise a `CheckpointError` if a directory or Hub repository has no Florence-VL, in either layout."""
+    model_type = PreTrainedConfig.get_config_dict(path_or_id)[0].get("model_type")
+    if model_type not in (FlorenceVLConfig.model_type, *TEXT_MODEL_TYPES):
+        raise CheckpointError(
+            f"{path_or_id} has model type {model_type!r}, expected {FlorenceVLConfig.model_type!r}; "
+            f"`florence-vl assemble` builds a Florence-VL from a Florence-2 and a language model."
+        )
+
+
 def load_original(
     path_or_id: str | Path,
     *,
@@ -48,12 +57,9 @@ def load_original(
 
     Args:
         path_or_id (`str` or `Path`): Directory or Hub id of the original checkpoint.
-        vision_tower (`str` or `Path`, *optional*): Directory or Hub id of a Florence-2, if the checkpoint has none.
-        image_feature_source (`list[str]`, *optional*): Overrides the tower's configuration.
-        chat_template (`str`, *optional*): One of `CHAT_TEMPLATES`. By default, detected from the language model.
-        base (`str` or `Path`, *optional*): Base model of an adapter, as in `convert`.
+        vision_tower, image_feature_source, chat_template, base: As in `convert`.
         dtype, attn_implementation, device_map: As in `from_pretrained`.
-        kwargs: Fields of `FlorenceVLConfig` that override the checkpoint's, and arguments of `from_pretrained`.
+        kwargs: Other arguments of `from_pretrained`, and fields of `FlorenceVLConfig` that override the checkpoint's.
 
     Returns:
         `tuple`: What `FlorenceVLForConditionalGeneration.from_pretrained` returns, and the processor.
@@ -63,20 +69,22 @@ def load_original(
     """
     hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
     checkpoint = read_original(
-        resolve_checkpoint(path_or_id, **hub_kwargs),
-        base=None if base is None else resolve_checkpoint(base),
-        vision_tower=None if vision_tower is None else resolve_checkpoint(vision_tower, TOWER_CONFIG_FILES),
+        path_or_id,
+        base=base,
+        vision_tower=vision_tower,
         image_feature_source=image_feature_source,
         chat_template=chat_template,
+        **hub_kwargs,
     )
     for assumption in checkpoint.assumptions:
         logger.warning_once(describe_assumption(assumption))
-    config = kwargs.pop("config", None) or _with_overrides(checkpoint.config, _pop_config_fields(kwargs))
+    config = kwargs.pop("config", None) or _with_overrides(checkpoint.config, kwargs)
+    # Views of the mapped files, which are read one by one while the model takes them over.
+    state_dict = {name: tensor.load().contiguous() for name, tensor in checkpoint.tensors.items()}
     loaded = FlorenceVLForConditionalGeneration.from_pretrained(
         None,
         config=config,
-        # Views of the mapped files, which are read one by one while the model takes them over.
-        state_dict={name: tensor.load().contiguous() for name, tensor in checkpoint.tensors.items()},
+        state_dict=state_dict,
         dtype=dtype,
         attn_implementation=attn_implementation,
         device_map=device_map,
@@ -104,14 +112,10 @@ def load_pretrained(
 
     Arguments and return values are those of `load_original`.
     """
-    of_original: dict[str, Any] = {
-        "vision_tower": vision_tower,
-        "image_feature_source": image_feature_source,
-        "chat_template": chat_template,
-    }
+    of_original: dict[str, Any] = {"vision_tower": vision_tower, "image_feature_source": image_feature_source}
     hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     if is_original(path_or_id, **hub_kwargs):
-        return load_original(path_or_id, **of_original, **kwargs)
+        return load_original(path_or_id, chat_template=chat_template, **of_original, **kwargs)
     adapter_config = find_adapter_config_file(str(path_or_id), **hub_kwargs)
     base = adapter_config and read_json(Path(adapter_config)).get("base_model_name_or_path")
     if base and is_original(base):
@@ -120,11 +124,10 @@ def load_pretrained(
     else:
         if vision_tower is not None:
             raise CheckpointError(f"{path_or_id} is not an original checkpoint and has a vision tower; omit this one.")
-        overrides = _pop_config_fields(kwargs)
-        if image_feature_source is not None:
-            overrides["image_feature_source"] = image_feature_source
-        if overrides:
-            kwargs["config"] = _with_overrides(FlorenceVLConfig.from_pretrained(path_or_id, **hub_kwargs), overrides)
+        kwargs |= {} if image_feature_source is None else {"image_feature_source": image_feature_source}
+        if kwargs.keys() & set(own_fields(FlorenceVLConfig)):
+            config = FlorenceVLConfig.from_pretrained(path_or_id, **hub_kwargs)
+            kwargs["config"] = _with_overrides(config, kwargs)
         loaded = FlorenceVLForConditionalGeneration.from_pretrained(path_or_id, **kwargs)
     processor = FlorenceVLProcessor.from_pretrained(path_or_id, **hub_kwargs)
     processor.num_image_tokens = _model_of(loaded).config.num_image_tokens
@@ -138,10 +141,8 @@ def _model_of(loaded: Any) -> FlorenceVLForConditionalGeneration:
     return loaded[0] if isinstance(loaded, tuple) else loaded
 
 
-def _pop_config_fields(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: kwargs.pop(name) for name in own_fields(FlorenceVLConfig) if name in kwargs}
-
-
-def _with_overrides(config: FlorenceVLConfig, overrides: dict[str, Any]) -> FlorenceVLConfig:
+def _with_overrides(config: FlorenceVLConfig, kwargs: dict[str, Any]) -> FlorenceVLConfig:
+    """Move the fields of a configuration from `kwargs` into it."""
+    overrides = {name: kwargs.pop(name) for name in own_fields(FlorenceVLConfig) if name in kwargs}
     # Built anew, since fields are checked and derived from each other.
     return FlorenceVLConfig.from_dict(config.to_dict() | overrides) if overrides else config

@@ -16,7 +16,6 @@ from .key_mapping import to_converted
 # Files of tensors that replace the base's: of a projector-only checkpoint, and of a LoRA one.
 REPLACEMENT_FILES = ("mm_projector.bin", "non_lora_trainables.bin")
 LORA_CONFIG = "adapter_config.json"
-LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # What PEFT puts before the names of a model that it wraps.
 PEFT_PREFIX = "base_model.model."
 # Settings of PEFT without which LoRA cannot be merged by adding a product of two matrices.
@@ -29,42 +28,8 @@ def is_adapter(directory: Path) -> bool:
 
 
 def apply_adapter(tensors: dict[str, LazyTensor], directory: Path) -> dict[str, LazyTensor]:
-    """
-    Merge an adapter into the tensors of its base.
-
-    Args:
-        tensors (`dict[str, LazyTensor]`): The base's tensors by converted name.
-        directory (`Path`): Directory of the adapter.
-
-    Returns:
-        `dict[str, LazyTensor]`: The tensors of the merged model, with the base's shapes and dtypes.
-
-    Raises:
-        CheckpointError: If the adapter does not match the base, or is a kind of LoRA that cannot be merged.
-    """
-    merged = tensors | _replacements(tensors, directory)
-    for name, (down, up, scaling) in _lora_matrices(directory).items():
-        base = _find_base(tensors, name, up)
-        if (up.shape[0], down.shape[1]) != base.shape or up.shape[1] != down.shape[0]:
-            raise CheckpointError(
-                f"{up} and {down} have shapes {up.shape} and {down.shape}, but the base's weight has {base.shape}; "
-                f"this adapter is of another model."
-            )
-        merged[name] = _with_lora(merged[name], down, up, scaling)
-    return merged
-
-
-def _with_lora(base: LazyTensor, down: LazyTensor, up: LazyTensor, scaling: float) -> LazyTensor:
-    def load() -> torch.Tensor:
-        weight = base.load()
-        return (weight.float() + scaling * (up.load().float() @ down.load().float())).to(weight.dtype)
-
-    return replace(base, load=load, load_rows=None)
-
-
-def _replacements(tensors: dict[str, LazyTensor], directory: Path) -> dict[str, LazyTensor]:
-    """Tensors that replace the base's, by converted name."""
-    replacements = {}
+    """Merge an adapter into the tensors of its base, by converted name. They keep the base's shapes and dtypes."""
+    merged = dict(tensors)
     for path in (directory / name for name in REPLACEMENT_FILES if (directory / name).is_file()):
         for stored_name, tensor in read_tensor_file(path).items():
             name = stored_name.removeprefix(PEFT_PREFIX)
@@ -72,23 +37,32 @@ def _replacements(tensors: dict[str, LazyTensor], directory: Path) -> dict[str, 
             mapped = to_converted(name) or to_converted(f"model.{name}")
             if mapped is None:
                 raise CheckpointError(f"{tensor} is not a tensor of a Florence-VL; this adapter is of another model.")
-            if mapped.name is None:
-                continue
-            base = _find_base(tensors, mapped.name, tensor)
-            tensor = tensor.transposed() if mapped.transposed else tensor
-            if tensor.shape != base.shape:
-                raise CheckpointError(
-                    f"{tensor} has shape {tensor.shape}, but the base has {base.shape} there; this adapter is of "
-                    f"another model."
-                )
-            replacements[mapped.name] = tensor.to(base.dtype)
-    return replacements
+            if mapped.name is not None:
+                replacement = tensor.transposed() if mapped.transposed else tensor
+                base = _find_base(tensors, mapped.name, replacement.shape, path)
+                merged[mapped.name] = replacement.to(base.dtype)
+    for name, (down, up, scaling) in _lora_matrices(directory).items():
+        _find_base(tensors, name, (up.shape[0], down.shape[1]), up.file)
+        merged[name] = _with_lora(merged[name], down, up, scaling)
+    return merged
 
 
-def _find_base(tensors: dict[str, LazyTensor], name: str, tensor: LazyTensor) -> LazyTensor:
-    if name not in tensors:
-        raise CheckpointError(f"{tensor} changes {name}, which the base lacks; this adapter is of another model.")
+def _find_base(tensors: dict[str, LazyTensor], name: str, shape: tuple[int, ...], adapter: Path) -> LazyTensor:
+    if name not in tensors or tensors[name].shape != shape:
+        expected = f"the shape {tensors[name].shape}" if name in tensors else "no tensor"
+        raise CheckpointError(
+            f"{adapter.name} changes {name} with the shape {shape}, but the base has {expected} there; this "
+            f"adapter is of another model."
+        )
     return tensors[name]
+
+
+def _with_lora(base: LazyTensor, down: LazyTensor, up: LazyTensor, scaling: float) -> LazyTensor:
+    def load() -> torch.Tensor:
+        weight = base.load()
+        return (weight.float() + scaling * (up.load().float() @ down.load().float())).to(weight.dtype)
+
+    return replace(base, load=load)
 
 
 def _lora_matrices(directory: Path) -> dict[str, tuple[LazyTensor, LazyTensor, float]]:
@@ -98,29 +72,27 @@ def _lora_matrices(directory: Path) -> dict[str, tuple[LazyTensor, LazyTensor, f
     config = read_json(directory / LORA_CONFIG)
     for field, value in SUPPORTED_LORA.items():
         if (config.get(field) or value) != value:
-            raise CheckpointError(
-                f"{directory / LORA_CONFIG} has {field} {config[field]!r}, expected {value!r}; merge it with PEFT in "
-                f"the original's environment, and convert the result."
-            )
-    path = next((directory / name for name in LORA_FILES if (directory / name).is_file()), None)
-    if path is None:
-        raise CheckpointError(f"{directory} has {LORA_CONFIG} but none of {', '.join(LORA_FILES)}; download it.")
+            problem = f"{directory / LORA_CONFIG} has {field} {config[field]!r}, expected {value!r}"
+            raise CheckpointError(f"{problem}; merge it in the original's environment and convert the result.")
+    path = directory / "adapter_model.safetensors"
+    path = path if path.is_file() else directory / "adapter_model.bin"
+    if not path.is_file():
+        raise CheckpointError(f"{directory} has {LORA_CONFIG} but no adapter_model.safetensors or .bin; download it.")
 
     pairs: dict[str, dict[str, LazyTensor]] = {}
     for stored_name, tensor in read_tensor_file(path).items():
         match = re.fullmatch(re.escape(PEFT_PREFIX) + r"(.+)\.lora_(A|B)(?:\.default)?\.weight", stored_name)
-        if match is None or to_converted(f"{match[1]}.weight") is None:
-            raise CheckpointError(f"{tensor} is not LoRA of a weight of a Florence-VL; it cannot be merged.")
+        if match is None:
+            raise CheckpointError(f"{tensor} is not a matrix of LoRA; it cannot be merged.")
         pairs.setdefault(match[1], {})[match[2]] = tensor
     matrices = {}
     for module, pair in pairs.items():
-        if len(pair) != 2:
-            raise CheckpointError(f"{path.name} has only one of lora_A and lora_B for {module}; download it again.")
         mapped = to_converted(f"{module}.weight")
+        if mapped is None or len(pair) != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
+            raise CheckpointError(f"{path.name} has no pair of lora_A and lora_B for a {module} of a Florence-VL.")
         # PEFT matches layers by suffix, so it wraps Florence-2's decoder as well, which this package does not build.
-        if mapped is not None and mapped.name is not None:
-            scaling = _scaling(config, module, rank=pair["A"].shape[0])
-            matrices[mapped.name] = (pair["A"], pair["B"], scaling)
+        if mapped.name is not None:
+            matrices[mapped.name] = (pair["A"], pair["B"], _scaling(config, module, rank=pair["A"].shape[0]))
     return matrices
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """An original checkpoint in this package's layout: checked from end to end, with weights that are read on demand."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
-from .checkpoint_files import CheckpointError, LazyTensor, read_json, read_tensors, write_tensors
-from .key_mapping import ORIGINAL_TOWER, TIED_WORDS, to_converted, to_first_release, to_original
+from .checkpoint_files import CheckpointError, LazyTensor, read_json, read_tensors, resolve_checkpoint, write_tensors
+from .key_mapping import ORIGINAL_TOWER, to_converted, to_first_release, to_original
 from .original_adapters import apply_adapter, is_adapter
 from .original_config import (
     Assumption,
@@ -26,6 +26,8 @@ from .original_processor import add_image_token, build_processor, detect_chat_te
 
 # Where an original checkpoint keeps its tower after pretraining, beside the shards.
 TOWER_DIRECTORY = "vision_tower"
+# Files of a Florence-2 that are downloaded where the checkpoint has the weights.
+TOWER_CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 # Tensors with a row per token of the language model, to which `<image>` may add rows.
 EMBEDDING_TABLES = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 # Generation flags that have no effect without `do_sample`.
@@ -40,9 +42,9 @@ class ConvertedCheckpoint:
     processor: FlorenceVLProcessor
     generation_config: GenerationConfig
     tensors: dict[str, LazyTensor]  # by this package's names
-    assumptions: list[Assumption]
-    unused: list[str]  # names of stored tensors
-    chat_template: str | None  # one of `CHAT_TEMPLATES`; `None` for the one of an adapter's base
+    assumptions: list[Assumption] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)  # names of stored tensors
+    chat_template: str | None = None  # one of `CHAT_TEMPLATES`; `None` for the one of a converted base
     num_added_rows: int = 0  # rows of zeros at the end of the embedding tables
 
     @property
@@ -60,45 +62,42 @@ class ConvertedCheckpoint:
 
 
 def read_original(
-    source: Path,
+    source: str | Path,
     *,
-    base: Path | None = None,
-    vision_tower: Path | None = None,
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
     image_feature_source: list[str] | None = None,
     dtype: torch.dtype | None = None,
     chat_template: str | None = None,
+    **hub_kwargs: Any,
 ) -> ConvertedCheckpoint:
     """
     Read an original checkpoint without its weights, and check that all of it can be converted.
 
-    Args:
-        source (`Path`): Directory of the original checkpoint, or of an adapter for `base`.
-        base (`Path`, *optional*): Directory of an adapter's base model, in the original's layout or in this package's.
-        vision_tower (`Path`, *optional*): Directory of a Florence-2, if the checkpoint has none. The checkpoint's own
-            weights take precedence over this directory's.
-        image_feature_source (`list[str]`, *optional*): Overrides the tower's configuration.
-        dtype (`torch.dtype`, *optional*): Dtype of the weights. By default each tensor keeps its own.
-        chat_template (`str`, *optional*): One of `CHAT_TEMPLATES`. By default, detected from the language model.
-
-    Raises:
-        CheckpointError: If anything is missing, unexpected, misshapen or damaged. The message names file and tensor.
+    Arguments and errors are those of `convert`; `hub_kwargs` are arguments of `snapshot_download` for `source`.
     """
+    source = resolve_checkpoint(source, **hub_kwargs)
+    if base is not None and (not is_adapter(source) or read_tensors(source)):
+        raise CheckpointError(f"{source} is not a projector or LoRA checkpoint; convert it without --base.")
+    complete = source if base is None else resolve_checkpoint(base)
+    tower = None if vision_tower is None else resolve_checkpoint(vision_tower, TOWER_CONFIG_FILES)
+    if base is not None and read_json(complete / "config.json").get("model_type") == FlorenceVLConfig.model_type:
+        checkpoint = _read_converted(complete, dtype)
+    else:
+        checkpoint = _read_complete(complete, tower, image_feature_source, dtype, chat_template)
     if base is not None:
-        if not is_adapter(source) or read_tensors(source):
-            raise CheckpointError(f"{source} is not a projector or LoRA checkpoint; convert it without --base.")
-        if read_json(base / "config.json").get("model_type") == FlorenceVLConfig.model_type:
-            checkpoint = _read_converted(base, dtype)
-        else:
-            checkpoint = read_original(
-                base,
-                vision_tower=vision_tower,
-                image_feature_source=image_feature_source,
-                dtype=dtype,
-                chat_template=chat_template,
-            )
         checkpoint.tensors = apply_adapter(checkpoint.tensors, source)
-        return checkpoint
+    return checkpoint
 
+
+def _read_complete(
+    source: Path,
+    vision_tower: Path | None,
+    image_feature_source: list[str] | None,
+    dtype: torch.dtype | None,
+    chat_template: str | None,
+) -> ConvertedCheckpoint:
+    """Read an original checkpoint that is no adapter."""
     stored = read_tensors(source)
     if not stored and is_adapter(source):
         raise CheckpointError(f"{source} holds only an adapter; give its base model as --base.")
@@ -132,7 +131,6 @@ def read_original(
             image_size=tower.image_size,
             image_feature_source=tower.image_feature_source,
             projector_depth=int(original["mm_projector_type"].removeprefix("mlp").removesuffix("x_gelu")),
-            projector_hidden_act="gelu",
             architectures=[FlorenceVLForConditionalGeneration.__name__],
         )
     except ValueError as error:
@@ -159,21 +157,12 @@ def _read_converted(directory: Path, dtype: torch.dtype | None) -> ConvertedChec
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-        raise CheckpointError(
-            f"The weights in {directory} do not match its config.json; save or convert the model again."
-        )
+        raise CheckpointError(f"The weights in {directory} do not match its config.json; save the model again.")
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     config.dtype = tensors[EMBEDDING_TABLES[0]].dtype
-    return ConvertedCheckpoint(
-        config=config,
-        processor=FlorenceVLProcessor.from_pretrained(directory),
-        generation_config=GenerationConfig.from_pretrained(directory),
-        tensors=tensors,
-        assumptions=[],
-        unused=[],
-        chat_template=None,
-    )
+    processor = FlorenceVLProcessor.from_pretrained(directory)
+    return ConvertedCheckpoint(config, processor, GenerationConfig.from_pretrained(directory), tensors)
 
 
 def read_tower_tensors(directory: Path) -> dict[str, LazyTensor]:
@@ -181,8 +170,10 @@ def read_tower_tensors(directory: Path) -> dict[str, LazyTensor]:
     tensors = {}
     for name, tensor in read_tensors(directory).items():
         mapped = to_first_release(name)
-        original = name if mapped is None or mapped.name is None else mapped.name
-        tensors[original] = tensor.transposed() if mapped is not None and mapped.transposed else tensor
+        if mapped is None:  # it is of the first release
+            tensors[name] = tensor
+        elif mapped.name is not None:
+            tensors[mapped.name] = tensor.transposed() if mapped.transposed else tensor
     return tensors
 
 
@@ -190,51 +181,35 @@ def convert_tensors(
     config: FlorenceVLConfig, stored: dict[str, LazyTensor], num_original_rows: int, dtype: torch.dtype | None = None
 ) -> tuple[dict[str, LazyTensor], list[str]]:
     """
-    Map the tensors of an original checkpoint to those of the model, one to one.
+    Map the tensors of an original checkpoint, with `num_original_rows` rows in its embedding tables, to the model's.
 
-    Args:
-        config (`FlorenceVLConfig`): Configuration of the model.
-        stored (`dict[str, LazyTensor]`): The original's tensors by its own names.
-        num_original_rows (`int`): Rows of the original's embedding tables.
-        dtype (`torch.dtype`, *optional*): Dtype of the weights. By default each tensor keeps its own.
-
-    Returns:
-        `tuple[dict[str, LazyTensor], list[str]]`: The model's tensors in its order, and the names of unused ones.
+    Returns the model's tensors in its order, cast to `dtype` if one is given, and the names of unused originals.
     """
     shapes = tensor_shapes(config)
-    sources: dict[str, tuple[str, bool]] = {}  # original name and whether it is transposed, by converted name
-    unknown = []
-    for name in sorted(stored, key=_order_of_tied_names):
-        mapped = to_converted(name)
-        if mapped is None or (mapped.name is not None and mapped.name not in shapes):
-            unknown.append(str(stored[name]))
-        elif mapped.name is not None:
-            sources.setdefault(mapped.name, (name, mapped.transposed))
+    mapped = {name: to_converted(name) for name in stored}
+    unknown = [str(stored[name]) for name, to in mapped.items() if to is None or to.name not in (None, *shapes)]
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
-    check_all_paired(unknown, [to_original(name)[0].name or name for name in shapes if name not in sources])
-
-    tensors = {}
+    tensors, used, missing = {}, set(), []
     for name, shape in shapes.items():
-        original_name, transposed = sources[name]
-        tensor = stored[original_name]
+        # A tied tensor may be stored under several names: the one that the key table lists first is used.
+        names = to_original(name)
+        original = next((original for original in names if original.name in stored), None)
+        if original is None:
+            missing.append(str(names[0].name))
+            continue
+        tensor = stored[str(original.name)]
         expected = (num_original_rows, *shape[1:]) if name in EMBEDDING_TABLES else shape
-        expected = expected[::-1] if transposed else expected
+        expected = expected[::-1] if original.transposed else expected
         if tensor.shape != expected:
-            raise CheckpointError(
-                f"{tensor} has shape {tensor.shape}, expected {expected} from the configuration; the two do not match."
-            )
-        tensor = tensor.transposed() if transposed else tensor
-        tensor = tensor if dtype is None else tensor.to(dtype)
+            raise CheckpointError(f"{tensor} has shape {tensor.shape}, expected {expected} from the configuration.")
+        tensor = tensor.transposed() if original.transposed else tensor
         # Rows for `<image>` and up to the next multiple of 64 are zero, so that they are the same on every machine.
-        tensors[name] = tensor.with_rows(shape[0]) if name in EMBEDDING_TABLES else tensor
-    return tensors, sorted(set(stored) - {sources[name][0] for name in shapes})
-
-
-def _order_of_tied_names(name: str) -> int:
-    """A tied tensor may be stored under several names: the one that the key table lists first is used."""
-    name = name.removeprefix(ORIGINAL_TOWER)
-    return TIED_WORDS.index(name) if name in TIED_WORDS else 0
+        tensor = tensor.with_rows(shape[0]) if name in EMBEDDING_TABLES else tensor
+        tensors[name] = tensor if dtype is None else tensor.to(dtype)
+        used.add(original.name)
+    check_all_paired(unknown, missing)
+    return tensors, sorted(set(stored) - used)
 
 
 def tensor_shapes(config: FlorenceVLConfig) -> dict[str, tuple[int, ...]]:
@@ -246,17 +221,12 @@ def tensor_shapes(config: FlorenceVLConfig) -> dict[str, tuple[int, ...]]:
 
 def check_all_paired(unknown: list[str], missing: list[str]) -> None:
     """Refuse a checkpoint with unknown or missing tensors, and name them."""
-    if unknown or missing:
+    problems = {"that nothing uses": unknown, "that are missing": missing}
+    if found := [f"{len(names)} {problem}: {', '.join(names[:5])}" for problem, names in problems.items() if names]:
         raise CheckpointError(
-            "The checkpoint does not match its configuration. "
-            + (f"Tensors that nothing uses: {_some(unknown)}. " if unknown else "")
-            + (f"Tensors that are missing: {_some(missing)}. " if missing else "")
-            + "Download all of its files again; if they are complete, this kind of checkpoint is not supported."
+            f"The checkpoint does not match its configuration: there are tensors, {'; '.join(found)}. Download all of "
+            f"its files again; if they are complete, this kind of checkpoint is not supported."
         )
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def read_generation_config(source: Path, config: FlorenceVLConfig, num_original_rows: int) -> GenerationConfig:
@@ -264,12 +234,9 @@ def read_generation_config(source: Path, config: FlorenceVLConfig, num_original_
     path = source / "generation_config.json"
     settings: dict[str, Any] = read_json(path) if path.is_file() else {}
     # Older versions of Transformers save flags that have no effect, newer ones refuse to.
-    without_effect = () if settings.get("do_sample") else SAMPLING_FLAGS
-    settings = {k: v for k, v in settings.items() if k not in without_effect and not k.startswith("_")}
-    generation_config = GenerationConfig(**settings)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if getattr(generation_config, name) is None:
-            setattr(generation_config, name, getattr(config.text_config, name))
+    ignored = () if settings.get("do_sample") else SAMPLING_FLAGS
+    settings = {k: v for k, v in settings.items() if v is not None and k not in ignored and not k.startswith("_")}
+    tokens = {name: getattr(config.text_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     # Rows that were added to reach a multiple of 64 are no tokens. The model itself suppresses `<image>`.
-    generation_config.suppress_tokens = list(range(num_original_rows, config.text_config.vocab_size)) or None
-    return generation_config
+    suppressed = list(range(num_original_rows, config.text_config.vocab_size)) or None
+    return GenerationConfig(**tokens | settings | {"suppress_tokens": suppressed})

@@ -2,13 +2,13 @@
 """Translation between the `config.json` of the original and of Florence-2, and `FlorenceVLConfig`."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from enum import Enum, auto
+from dataclasses import dataclass, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, Florence2Config, PreTrainedConfig
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..modeling import FlorenceVLConfig
 from .checkpoint_files import CheckpointError, LazyTensor, read_json
@@ -34,32 +34,32 @@ DERIVED_TEXT_FIELDS = ("head_dim", "layer_types")
 ROPE_TYPE_FIELDS = {"llama": "rope_type", "phi3": "type"}
 
 # Fields of DaViT in Florence-2's first release, and in Transformers.
-DAVIT_FIELDS = {"dim_embed": "embed_dim"} | {
-    name: name
-    for name in (
-        "depths patch_size patch_stride patch_padding patch_prenorm num_heads num_groups window_size drop_path_rate "
-        "projection_dim"
-    ).split()
-}
-# The only types that Florence-2's first release implements.
-TEMPORAL_EMBEDDING, POSITION_EMBEDDING = "COSINE", "learned_abs_2d"
+DAVIT_FIELDS = {"dim_embed": "embed_dim"}
+DAVIT_FIELDS |= {name: name for name in ("depths", "patch_size", "patch_stride", "patch_padding", "patch_prenorm")}
+DAVIT_FIELDS |= {name: name for name in ("num_heads", "num_groups", "window_size", "drop_path_rate", "projection_dim")}
+# The only types of embeddings that Florence-2's first release implements.
+TEMPORAL_EMBEDDING, POSITION_EMBEDDING = {"type": "COSINE"}, {"type": "learned_abs_2d"}
 
-# Settings of the public Florence-2, base and large, that cannot be inferred from the weights.
-PUBLIC_HEAD_DIM = 32
-PUBLIC_ENCODER_HEAD_DIM = 64
-PUBLIC_IMAGE_SIZE = 768
-PUBLIC_IMAGE_FEATURE_SOURCE = ("spatial_avg_pool", "temporal_avg_pool")
-PUBLIC_IMAGE_MEAN = (0.485, 0.456, 0.406)
-PUBLIC_IMAGE_STD = (0.229, 0.224, 0.225)
+# Settings of public Florence-2 models that cannot be inferred from their weights.
+PUBLIC_IMAGE_SIZE = FlorenceVLConfig.image_size
+PUBLIC_IMAGE_FEATURE_SOURCE = FlorenceVLConfig.image_feature_source
 
 
 class AssumptionKind(Enum):
-    """What a checkpoint does not say, so that a value had to be assumed."""
+    """What a checkpoint does not say, so that a value had to be assumed, as a sentence to be formatted."""
 
-    TOWER_CONFIG = auto()
-    IMAGE_FEATURE_SOURCE = auto()
-    IMAGE_SIZE = auto()
-    PADDING_TOKEN = auto()
+    TOWER_CONFIG = (
+        "The vision tower has no config.json: its widths {tower.vision_config.embed_dim} and depths are inferred from "
+        "the weights; assumed as in public Florence-2 are heads {tower.vision_config.num_heads} in DaViT and "
+        "{tower.text_config.encoder_attention_heads} in the encoder, windows of {tower.vision_config.window_size} and "
+        "images of {image_size}. For any other tower, give its directory as --vision-tower."
+    )
+    IMAGE_FEATURE_SOURCE = (
+        "{directory} does not set image_feature_source: assumed as in public Florence-2 is {image_feature_source} "
+        "(577 tokens for {image_size}; the paper counts 576). Override it with --image-feature-source."
+    )
+    IMAGE_SIZE = "{directory} has no preprocessor_config.json: images of {image_size} are assumed, as in Florence-2."
+    PADDING_TOKEN = "The tokenizer of the language model has no padding token: {token} is used."
 
 
 @dataclass(frozen=True)
@@ -72,40 +72,27 @@ class Assumption:
     token: str | None = None  # used, for `PADDING_TOKEN`
 
 
-def describe_assumption(assumption: Assumption, display_name: Callable[[Path], str] = str) -> str:
-    """Render an assumption as a sentence, in which directories are called as `display_name` says."""
-    directory = assumption.directory and display_name(assumption.directory)
-    image_size = f"{PUBLIC_IMAGE_SIZE} x {PUBLIC_IMAGE_SIZE}"
-    if assumption.tower is not None:
-        davit, bart = (assumption.tower.to_dict()[part] for part in ("vision_config", "text_config"))
-        return (
-            f"The vision tower has no config.json: its widths {davit['embed_dim']} and depths are inferred from the "
-            f"weights; assumed as in public Florence-2 are {PUBLIC_HEAD_DIM} channels per head (heads "
-            f"{davit['num_heads']}) in DaViT and {PUBLIC_ENCODER_HEAD_DIM} (heads {bart['encoder_attention_heads']}) "
-            f"in the encoder, windows of {davit['window_size']} and images of {image_size}. For any other tower, give "
-            f"its directory as --vision-tower."
-        )
-    if assumption.kind is AssumptionKind.PADDING_TOKEN:
-        return f"The tokenizer of the language model has no padding token: {assumption.token} is used."
-    if assumption.kind is AssumptionKind.IMAGE_SIZE:
-        return f"{directory} has no preprocessor_config.json: images of {image_size} are assumed, as in Florence-2."
-    return (
-        f"{f'{directory} does not set' if directory else 'No file sets'} image_feature_source: assumed as in public "
-        f"Florence-2 is {','.join(PUBLIC_IMAGE_FEATURE_SOURCE)} (577 tokens for {image_size}; the paper counts 576). "
-        f"Override it with --image-feature-source."
+def describe_assumption(assumption: Assumption, directory: str | None = None) -> str:
+    """Render an assumption as a sentence, in which `directory` names the one of the vision tower."""
+    return assumption.kind.value.format(
+        directory=(directory or assumption.directory) if assumption.directory else "The checkpoint",
+        tower=assumption.tower,
+        token=assumption.token,
+        image_size=f"{PUBLIC_IMAGE_SIZE} x {PUBLIC_IMAGE_SIZE}",
+        image_feature_source=",".join(PUBLIC_IMAGE_FEATURE_SOURCE),
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class TowerSettings:
     """Configuration and image settings of a Florence-2, and what had to be assumed about them."""
 
     config: Florence2Config
     image_feature_source: list[str]
-    image_size: int = PUBLIC_IMAGE_SIZE
-    image_mean: list[float] = field(default_factory=lambda: list(PUBLIC_IMAGE_MEAN))
-    image_std: list[float] = field(default_factory=lambda: list(PUBLIC_IMAGE_STD))
-    assumptions: list[Assumption] = field(default_factory=list)
+    image_size: int
+    image_mean: list[float]
+    image_std: list[float]
+    assumptions: list[Assumption]
 
 
 def check_is_florence_vl(original: dict[str, Any], has_davit: bool, source: Path) -> None:
@@ -114,36 +101,27 @@ def check_is_florence_vl(original: dict[str, Any], has_davit: bool, source: Path
     if model_type == FlorenceVLConfig.model_type:
         raise CheckpointError(f"{source} is in this package's layout already; load it as it is.")
     if model_type not in TEXT_MODEL_TYPES:
-        raise CheckpointError(
-            f"{source} has model type {model_type!r}, expected one of {', '.join(TEXT_MODEL_TYPES)}; give an original "
-            f"Florence-VL checkpoint."
-        )
+        known = ", ".join(TEXT_MODEL_TYPES)
+        raise CheckpointError(f"{source} has model type {model_type!r}, expected one of {known}, as in the original.")
     tower = str(original.get("mm_vision_tower", original.get("vision_tower", "")))
     if re.search(r"(?<![a-z])(clip|siglip|dinov2)", tower, flags=re.IGNORECASE) and not has_davit:
-        raise CheckpointError(
-            f"{source} has the vision tower {tower!r} instead of a Florence-2: it is a LLaVA, not a Florence-VL. "
-            f"Transformers has LLaVA models of its own."
-        )
+        raise CheckpointError(f"{source} has the vision tower {tower!r}: it is a LLaVA, not a Florence-VL.")
     projector = str(original.get("mm_projector_type", "linear"))
     if not re.fullmatch(r"mlp\d+x_gelu", projector):
-        raise CheckpointError(
-            f"{source} has a projector of type {projector!r}, expected mlpNx_gelu with N linear layers, such as "
-            f"mlp3x_gelu; no other is published."
-        )
+        raise CheckpointError(f"{source} has a projector of type {projector!r}, expected one such as mlp3x_gelu.")
 
 
 def text_config_from_original(original: dict[str, Any]) -> PreTrainedConfig:
     """Return the language model's configuration, whose fields an original `config.json` holds at top level."""
     config_class = CONFIG_MAPPING[TEXT_MODEL_TYPES[original["model_type"]]]
-    known = {config_field.name for config_field in fields(config_class)} | set(LEGACY_ROPE_FIELDS)
-    known -= {"architectures", "transformers_version", "dtype"}
-    return config_class(**{name: value for name, value in original.items() if name in known})
+    names = (*own_fields(config_class), *LEGACY_ROPE_FIELDS)
+    return config_class(**{name: original[name] for name in names if name in original})
 
 
 def own_fields(config_class: type[PreTrainedConfig]) -> list[str]:
     """Return the fields of a config class that not every config has: sizes, rates and token ids."""
-    common = {config_field.name for config_field in fields(PreTrainedConfig)} | {"num_labels"}
-    return [config_field.name for config_field in fields(config_class) if config_field.name not in common]
+    common = {field.name for field in fields(PreTrainedConfig)} | {"num_labels"}
+    return [field.name for field in fields(config_class) if field.name not in common]
 
 
 def tower_settings_from_directory(directory: Path, image_feature_source: list[str] | None = None) -> TowerSettings:
@@ -152,22 +130,14 @@ def tower_settings_from_directory(directory: Path, image_feature_source: list[st
     raw = read_json(path)
     davit, bart = raw.get("vision_config"), raw.get("text_config")
     if raw.get("model_type") != "florence2" or not isinstance(davit, dict) or not isinstance(bart, dict):
-        raise CheckpointError(
-            f"{path} has model type {raw.get('model_type')!r}, expected a florence2 with `vision_config` and "
-            f"`text_config`; give the directory of a Florence-2 as --vision-tower."
-        )
+        raise CheckpointError(f"{path} is not of a complete Florence-2; give the directory of one as --vision-tower.")
     if is_first_release(raw):
         names = own_fields(CONFIG_MAPPING["bart"])
         bart = {"model_type": "bart"} | {name: bart[name] for name in names if bart.get(name) is not None}
         config = Florence2Config(vision_config=_davit_from_first_release(davit, path), text_config=bart)
     else:
         config = Florence2Config.from_dict(raw)
-    source = image_feature_source or davit.get("image_feature_source")
-    settings = TowerSettings(config, source or list(PUBLIC_IMAGE_FEATURE_SOURCE))
-    if source is None:
-        settings.assumptions.append(Assumption(AssumptionKind.IMAGE_FEATURE_SOURCE, directory))
-    _read_image_settings(directory, settings)
-    return settings
+    return _complete(config, image_feature_source or davit.get("image_feature_source"), directory)
 
 
 def is_first_release(raw: dict[str, Any]) -> bool:
@@ -176,35 +146,47 @@ def is_first_release(raw: dict[str, Any]) -> bool:
 
 
 def _davit_from_first_release(davit: dict[str, Any], path: Path) -> dict[str, Any]:
-    positions, temporal = davit.get("image_pos_embed"), davit.get("visual_temporal_embedding")
-    types = [embedding.get("type") if embedding else None for embedding in (positions, temporal)]
-    if not positions or not temporal or types != [POSITION_EMBEDDING, TEMPORAL_EMBEDDING]:
-        raise CheckpointError(
-            f"{path} has position embeddings {positions} and {temporal}, expected {POSITION_EMBEDDING} and "
-            f"{TEMPORAL_EMBEDDING}; no other Florence-2 is supported."
-        )
+    positions, temporal = davit.get("image_pos_embed") or {}, davit.get("visual_temporal_embedding") or {}
+    if not (POSITION_EMBEDDING.items() <= positions.items() and TEMPORAL_EMBEDDING.items() <= temporal.items()):
+        expected = f"{POSITION_EMBEDDING} and {TEMPORAL_EMBEDDING}"
+        raise CheckpointError(f"{path} has position embeddings {positions} and {temporal}, expected {expected}.")
     return {ours: davit[theirs] for theirs, ours in DAVIT_FIELDS.items() if theirs in davit} | {
         "max_temporal_embeddings": temporal["max_temporal_embeddings"],
         "max_position_embeddings": positions["max_pos_embeddings"],
     }
 
 
-def _read_image_settings(directory: Path, settings: TowerSettings) -> None:
-    # Transformers 5 saves the image settings within those of the processor.
-    path, processor_path = directory / "preprocessor_config.json", directory / "processor_config.json"
-    if path.exists():
-        raw = read_json(path)
-    elif processor_path.exists() and isinstance(read_json(processor_path).get("image_processor"), dict):
-        path, raw = processor_path, read_json(processor_path)["image_processor"]
-    else:
-        settings.assumptions.append(Assumption(AssumptionKind.IMAGE_SIZE, directory))
-        return
-    size = raw.get("size", {"height": PUBLIC_IMAGE_SIZE, "width": PUBLIC_IMAGE_SIZE})
+def _complete(
+    config: Florence2Config, image_feature_source: list[str] | None, directory: Path | None
+) -> TowerSettings:
+    """Add to a configuration the settings that its directory, if there is one, has in other files, or defaults."""
+    assumptions = [] if directory else [Assumption(AssumptionKind.TOWER_CONFIG, tower=config)]
+    if image_feature_source is None:
+        assumptions.append(Assumption(AssumptionKind.IMAGE_FEATURE_SOURCE, directory))
+    image_settings = _read_image_settings(directory) if directory else {}
+    if image_settings is None:
+        image_settings = {}
+        assumptions.append(Assumption(AssumptionKind.IMAGE_SIZE, directory))
+    size = image_settings.get("size", {"height": PUBLIC_IMAGE_SIZE, "width": PUBLIC_IMAGE_SIZE})
     if not isinstance(size, dict) or size.get("height") is None or size.get("height") != size.get("width"):
-        raise CheckpointError(f"{path} has size {size}, expected a square of `height` and `width`.")
-    settings.image_size = size["height"]
-    settings.image_mean = raw.get("image_mean", settings.image_mean)
-    settings.image_std = raw.get("image_std", settings.image_std)
+        raise CheckpointError(f"{directory} has images of size {size}, expected a square of `height` and `width`.")
+    return TowerSettings(
+        config,
+        image_feature_source or list(PUBLIC_IMAGE_FEATURE_SOURCE),
+        image_size=size["height"],
+        image_mean=image_settings.get("image_mean", IMAGENET_DEFAULT_MEAN),
+        image_std=image_settings.get("image_std", IMAGENET_DEFAULT_STD),
+        assumptions=assumptions,
+    )
+
+
+def _read_image_settings(directory: Path) -> dict[str, Any] | None:
+    if (directory / "preprocessor_config.json").exists():
+        return read_json(directory / "preprocessor_config.json")
+    # Transformers 5 saves the image settings within those of the processor.
+    if (directory / "processor_config.json").exists():
+        return read_json(directory / "processor_config.json").get("image_processor")
+    return None
 
 
 def tower_settings_from_tensors(
@@ -223,7 +205,7 @@ def tower_settings_from_tensors(
     num_block_groups = count(r"vision_tower\.convs\.(\d+)\.")
     convs = [shape(f"vision_tower.convs.{group}.proj.weight") for group in range(num_block_groups)]
     embed_dim = [conv[0] for conv in convs]
-    num_heads = [_num_heads(width, PUBLIC_HEAD_DIM) for width in embed_dim]
+    num_heads = [_num_heads(width, head_dim=32) for width in embed_dim]
     width, projection_dim = shape("image_projection")
     encoder = "language_model.model.encoder."
     d_model = shape(encoder + "layernorm_embedding.weight")[0]
@@ -249,7 +231,7 @@ def tower_settings_from_tensors(
             "vocab_size": shape(words)[0],
             "d_model": d_model,
             "encoder_layers": count(encoder.replace(".", r"\.") + r"layers\.(\d+)\."),
-            "encoder_attention_heads": _num_heads(d_model, PUBLIC_ENCODER_HEAD_DIM),
+            "encoder_attention_heads": _num_heads(d_model, head_dim=64),
             "encoder_ffn_dim": shape(encoder + "layers.0.fc1.weight")[0],
             "decoder_layers": count(r"language_model\.model\.decoder\.layers\.(\d+)\."),
             # BART keeps two positions for padding, which its configuration does not count.
@@ -257,14 +239,11 @@ def tower_settings_from_tensors(
             "scale_embedding": False,
         },
     )
-    assumptions = [Assumption(AssumptionKind.TOWER_CONFIG, tower=config)]
-    if image_feature_source is None:
-        assumptions.append(Assumption(AssumptionKind.IMAGE_FEATURE_SOURCE))
-    return TowerSettings(config, image_feature_source or list(PUBLIC_IMAGE_FEATURE_SOURCE), assumptions=assumptions)
+    return _complete(config, image_feature_source, directory=None)
 
 
 def _num_heads(width: int, head_dim: int) -> int:
-    """Return the largest number of heads that divides `width` and leaves each at least `head_dim` channels."""
+    # As in public Florence-2 models: the largest number that divides `width`, with at least `head_dim` channels each.
     return next(heads for heads in range(max(1, width // head_dim), 0, -1) if width % heads == 0)
 
 
@@ -273,13 +252,13 @@ def text_config_to_original(config: PreTrainedConfig) -> tuple[dict[str, Any], l
     if config.model_type not in ORIGINAL_MODEL_TYPES:
         return {}, [f"a language model of type {config.model_type!r} (only {', '.join(ORIGINAL_MODEL_TYPES)})"]
     settings = {name: getattr(config, name) for name in own_fields(type(config))}
-    inexpressible = []
     plain = {name: value for name, value in settings.items() if name not in (*DERIVED_TEXT_FIELDS, "rope_parameters")}
     as_derived = type(config)(**plain)
-    for name in set(DERIVED_TEXT_FIELDS) & set(settings):
-        if settings[name] != getattr(as_derived, name):
-            inexpressible.append(f"{name} {settings[name]}")
-
+    inexpressible = [
+        f"{name} {settings[name]}"
+        for name in DERIVED_TEXT_FIELDS
+        if name in settings and settings[name] != getattr(as_derived, name)
+    ]
     rope = dict(config.rope_parameters)
     rope_type = rope.pop("rope_type", "default")
     plain["rope_theta"] = rope.pop("rope_theta")
@@ -303,11 +282,8 @@ def tower_config_to_first_release(config: FlorenceVLConfig) -> tuple[dict[str, A
     vision_config = {theirs: getattr(davit, ours) for theirs, ours in DAVIT_FIELDS.items()} | {
         "model_type": "davit",
         "enable_checkpoint": False,
-        "visual_temporal_embedding": {
-            "type": TEMPORAL_EMBEDDING,
-            "max_temporal_embeddings": davit.max_temporal_embeddings,
-        },
-        "image_pos_embed": {"type": POSITION_EMBEDDING, "max_pos_embeddings": davit.max_position_embeddings},
+        "visual_temporal_embedding": TEMPORAL_EMBEDDING | {"max_temporal_embeddings": davit.max_temporal_embeddings},
+        "image_pos_embed": POSITION_EMBEDDING | {"max_pos_embeddings": davit.max_position_embeddings},
         "image_feature_source": list(config.image_feature_source),
     }
     expressed = {*DAVIT_FIELDS.values(), "max_temporal_embeddings", "max_position_embeddings", "initializer_range"}
@@ -323,10 +299,7 @@ def tower_config_to_first_release(config: FlorenceVLConfig) -> tuple[dict[str, A
         "vision_config": vision_config,
         "text_config": {name: getattr(bart, name) for name in own_fields(type(bart))},
         "projection_dim": davit.projection_dim,
-        "vocab_size": bart.vocab_size,
-        "bos_token_id": bart.bos_token_id,
-        "eos_token_id": bart.eos_token_id,
-        "pad_token_id": bart.pad_token_id,
+        **{name: getattr(bart, name) for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")},
         "ignore_index": -100,
         "is_encoder_decoder": True,
     }, inexpressible

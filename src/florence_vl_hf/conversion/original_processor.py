@@ -50,9 +50,7 @@ def load_original_tokenizer(
             tokenizer = tokenizer_class.from_pretrained(temporary, padding_side="left")
         except Exception as error:
             # The tokenizer libraries raise many exceptions for damaged files.
-            raise CheckpointError(
-                f"The tokenizer in {directory} cannot be loaded ({error}); download it again."
-            ) from error
+            raise CheckpointError(f"The tokenizer in {directory} cannot be loaded ({error}).") from error
     tokenizer.name_or_path = ""
     return tokenizer
 
@@ -61,12 +59,8 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> tuple[
     """
     Give `<image>` a row of the embedding table that no text uses, without changing the id of any other token.
 
-    If the table has rows that the tokenizer does not name, `<image>` takes the last one, and the rows before it get
-    names that no text contains. Otherwise rows are added, up to a multiple of 64.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): Gets the token.
-        num_rows (`int`): Rows of the embedding table, `vocab_size` of the original's configuration.
+    If the table, of `num_rows` rows, has rows that the tokenizer does not name, `<image>` takes the last one, and the
+    rows before it get names that no text contains. Otherwise rows are added, up to a multiple of 64.
 
     Returns:
         `tuple[int, int]`: The id of `<image>`, and the new number of rows.
@@ -77,8 +71,7 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> tuple[
     first_free = max(vocabulary.values(), default=-1) + 1
     if first_free > num_rows:
         raise CheckpointError(
-            f"The tokenizer has {first_free} tokens, but the language model's vocabulary size is only {num_rows}; use "
-            f"the tokenizer of this model."
+            f"The tokenizer has {first_free} tokens, but the language model's vocabulary size is only {num_rows}."
         )
     image_token_id = first_free
     if first_free < num_rows:
@@ -88,20 +81,15 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> tuple[
     else:
         num_rows = -(-(num_rows + 1) // ROW_MULTIPLE) * ROW_MULTIPLE
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
-    if (given := tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)) != image_token_id:
+    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != image_token_id:
         raise CheckpointError(
-            f"{IMAGE_TOKEN} should have id {image_token_id}, but the tokenizer assigned {given}, since its ids have "
-            f"gaps; add tokens for the missing ids first."
+            f"The ids of the tokenizer have gaps; add tokens before {image_token_id} for them first."
         )
     return image_token_id, num_rows
 
 
 def build_processor(
-    tower: TowerSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    num_image_tokens: int,
-    do_pad: bool,
-    chat_template: str,
+    tower: TowerSettings, tokenizer: PreTrainedTokenizerBase, num_image_tokens: int, do_pad: bool, chat_template: str
 ) -> FlorenceVLProcessor:
     """Build a processor from a tower's image settings and a tokenizer that has `<image>`."""
     size = {"height": tower.image_size, "width": tower.image_size}
@@ -117,7 +105,6 @@ def build_processor(
         tokenizer=tokenizer,
         num_image_tokens=num_image_tokens,
         chat_template=load_chat_template(chat_template, tokenizer),
-        image_token=IMAGE_TOKEN,
     )
 
 

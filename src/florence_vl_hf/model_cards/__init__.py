@@ -3,31 +3,29 @@
 
 from .cards import (
     CARD_FILE,
+    Card,
     ConvertedCard,
     MergedCard,
-    SavedCard,
     TrainedCard,
     Training,
     hub_id,
     public_name,
     read_metadata,
     read_training,
-    verify_commands,
     write_card,
 )
 
 
 __all__ = [
     "CARD_FILE",
+    "Card",
     "ConvertedCard",
     "MergedCard",
-    "SavedCard",
     "TrainedCard",
     "Training",
     "hub_id",
     "public_name",
     "read_metadata",
     "read_training",
-    "verify_commands",
     "write_card",
 ]

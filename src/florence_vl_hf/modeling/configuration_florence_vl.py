@@ -79,6 +79,8 @@ LLAMA_3_1_8B = {
 }
 
 
+IMAGE_FEATURE_SOURCES = ("spatial_avg_pool", "temporal_avg_pool", "last_frame")
+
 # Written into every config.json: the module and class of each Auto class, for `trust_remote_code=True`.
 AUTO_MAP = {
     "AutoConfig": "configuration_florence_vl.FlorenceVLConfig",
@@ -151,6 +153,8 @@ class FlorenceVLConfig(PreTrainedConfig):
         fusion_features: list[str]
         prompts: dict[str, str]
         prompt_token_ids: dict[str, list[int]]
+
+        def __init__(self, **kwargs: Any) -> None: ...
     else:
         fusion_features: list[str] | tuple[str, ...] | None = None
         prompts: dict[str, str] | None = None
@@ -169,7 +173,12 @@ class FlorenceVLConfig(PreTrainedConfig):
             text_config = dict(LLAMA_3_1_8B if self.text_config is None else self.text_config)
             self.text_config = CONFIG_MAPPING[text_config.pop("model_type", "llama")](**text_config)
         self.prompts = dict(DEFAULT_PROMPTS) if self.prompts is None else self.prompts
-        self.prompt_token_ids = {**self._default_prompt_token_ids(), **(self.prompt_token_ids or {})}
+        defaults = {
+            name: list(DEFAULT_PROMPT_TOKEN_IDS[name])
+            for name, prompt in self.prompts.items()
+            if DEFAULT_PROMPTS.get(name) == prompt
+        }
+        self.prompt_token_ids = defaults | (self.prompt_token_ids or {})
         all_features = [IMAGE_FEATURE, *self.prompts]
         self.fusion_features = all_features if self.fusion_features is None else self.fusion_features
         # Transformers reads this flag from the outer configuration only.
@@ -184,13 +193,6 @@ class FlorenceVLConfig(PreTrainedConfig):
         # Transformers reads the width of `get_image_features(...).last_hidden_state` from here.
         self.vision_config.out_hidden_size = self.fused_hidden_size
 
-    def _default_prompt_token_ids(self) -> dict[str, list[int]]:
-        return {
-            name: list(DEFAULT_PROMPT_TOKEN_IDS[name])
-            for name, text in self.prompts.items()
-            if DEFAULT_PROMPTS.get(name) == text
-        }
-
     @property
     def feature_grid_size(self) -> int:
         """Height and width of DaViT's feature map, in positions (24 for a 768 x 768 image)."""
@@ -203,12 +205,8 @@ class FlorenceVLConfig(PreTrainedConfig):
     @property
     def num_feature_tokens(self) -> int:
         """Number of tokens of V and of each V't, before the fusion."""
-        tokens_of_source = {
-            "spatial_avg_pool": 1,
-            "temporal_avg_pool": self.feature_grid_size**2,
-            "last_frame": self.feature_grid_size**2,
-        }
-        return sum(tokens_of_source[source] for source in self.image_feature_source)
+        num_positions = self.feature_grid_size**2
+        return sum(1 if source == "spatial_avg_pool" else num_positions for source in self.image_feature_source)
 
     @property
     def num_image_tokens(self) -> int:
@@ -247,12 +245,10 @@ class FlorenceVLConfig(PreTrainedConfig):
                 f"`vision_config.vision_config.projection_dim` is {davit.projection_dim} but "
                 f"`vision_config.text_config.d_model` is {bart.d_model}; make them equal."
             )
-        known_sources = ("spatial_avg_pool", "temporal_avg_pool", "last_frame")
-        unknown_sources = [source for source in self.image_feature_source if source not in known_sources]
-        if unknown_sources or not self.image_feature_source:
+        if not self.image_feature_source or not set(self.image_feature_source) <= set(IMAGE_FEATURE_SOURCES):
             raise ValueError(
-                f"`image_feature_source` is {list(self.image_feature_source)}; "
-                f"give at least one of {list(known_sources)}."
+                f"`image_feature_source` is {list(self.image_feature_source)}; give at least one of "
+                f"{', '.join(IMAGE_FEATURE_SOURCES)}."
             )
         if self.feature_grid_size < 1:
             raise ValueError(

@@ -12,9 +12,9 @@ Source: Chen et al., "Florence-VL: Enhancing Vision-Language Models with Generat
 Fusion", CVPR 2025 (arXiv 2412.04424).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -283,7 +283,7 @@ class FlorenceVLImageProjection(Florence2MultiModalProjector):
     The layers are those of Florence-2; any choice and order of `image_feature_source` is supported.
     """
 
-    def __init__(self, config: Florence2Config, image_feature_source: list[str] | tuple[str, ...]) -> None:
+    def __init__(self, config: Florence2Config, image_feature_source: Sequence[str]) -> None:
         super().__init__(config)
         self.image_feature_source = list(image_feature_source)
 
@@ -595,6 +595,10 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
 class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    if TYPE_CHECKING:  # upstream's type of `self` is a protocol that no model satisfies
+
+        def generate(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def __init__(self, config: FlorenceVLConfig) -> None:
         super().__init__(config)

@@ -2,7 +2,6 @@
 """Memory per GPU of a training run, planned before there is a GPU."""
 
 from .memory import (
-    KNOWN_RUNS,
     MemoryPlan,
     TrainingSetup,
     format_plan,
@@ -15,7 +14,6 @@ from .memory import (
 
 
 __all__ = [
-    "KNOWN_RUNS",
     "MemoryPlan",
     "TrainingSetup",
     "format_plan",

@@ -26,13 +26,15 @@ class ChatSession:
     ) -> None:
         self.model = model
         self.processor = processor
-        self.images = processor.image_processor.fetch_images(list(images))
+        self.images = processor.image_processor.fetch_images(images)
         self.messages: list[dict[str, Any]] = []
-        self.image_features = None
-        if self.images:
-            pixel_values = processor.image_processor(self.images, return_tensors="pt").pixel_values
+        # What `generate` takes instead of pixel values, so that the vision tower runs once.
+        self.encoded_images: dict[str, Any] = {}
+        if images:
+            pixel_values = processor.image_processor(self.images, return_tensors="pt").pixel_values.to(model.device)
             with torch.inference_mode():
-                self.image_features = model.get_image_features(pixel_values.to(model.device), return_dict=True)
+                features = model.get_image_features(pixel_values, return_dict=True)
+            self.encoded_images = {"mm_encoder_outputs": {"image": features}}
 
     def answer(
         self, question: str, streamer: BaseStreamer | None = None, generation_config: GenerationConfig | None = None
@@ -45,22 +47,17 @@ class ChatSession:
             streamer (`BaseStreamer`, *optional*): Receives each token of the answer when it is generated.
             generation_config (`GenerationConfig`, *optional*): Replaces the model's own.
         """
-        content: list[dict[str, Any]] = [{"type": "text", "text": question}]
-        if not self.messages:
-            content = [{"type": "image", "image": image} for image in self.images] + content
+        images = [] if self.messages else [{"type": "image", "image": image} for image in self.images]
+        content = [*images, {"type": "text", "text": question}]
         messages = [*self.messages, {"role": "user", "content": content}]
         inputs = self.processor.apply_chat_template(
             messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         ).to(self.model.device)
-        # Features replace the pixels, so the vision tower does not run again.
         inputs.pop("pixel_values", None)
-        if self.images:
-            inputs["mm_encoder_outputs"] = {"image": self.image_features}
-        output_ids = self.model.generate(  # type: ignore[misc]  # upstream's type of `self`
-            **inputs, streamer=streamer, generation_config=generation_config
+        output_ids = self.model.generate(
+            **inputs, **self.encoded_images, streamer=streamer, generation_config=generation_config
         )
-        new_ids = output_ids[0, inputs["input_ids"].shape[1] :]
-        answer = self.processor.decode(new_ids, skip_special_tokens=True).strip()
+        answer = self.processor.decode(output_ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         return answer
 

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 
 if find_spec("datasets") is None:
-    raise ModuleNotFoundError("Training requires datasets; install this package with its extra `[train]`.")
+    raise ModuleNotFoundError("Training requires datasets; run `pip install 'florence_vl_hf[train]'`.")
 
 from .adapters import lora_config, lora_target_modules, merge_adapter, quantization_config
 from .arguments import RECIPES, FlorenceVLTrainingArguments, read_recipe

@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..conversion import CheckpointError, is_original, load_pretrained
+from ..conversion import CheckpointError, check_model_type, load_pretrained
 from ..conversion.checkpoint_files import CHECKPOINT_FILES, output_directory, read_json, resolve_checkpoint
 from ..model_cards import CARD_FILE, MergedCard, read_metadata, read_training, write_card
 from ..modeling import FlorenceVLForConditionalGeneration
@@ -137,7 +137,6 @@ def merge_adapter(
         revision = None if base else config.get("revision")
         base = base or config.get("base_model_name_or_path") or ""
         base_directory = _resolve_base(base, revision)
-        check_model_type(base_directory)  # TEMP
         model, processor = load_pretrained(base_directory, dtype=dtype or "auto")
         merged = _merge(model, adapter_directory)
         merged.save_pretrained(directory, max_shard_size=max_shard_size)
@@ -176,15 +175,10 @@ def _resolve_base(base: str | Path, revision: str | None) -> Path:
         directory = resolve_checkpoint(base, FILES, revision=revision)
     except CheckpointError as error:
         raise CheckpointError(f"The adapter's base model cannot be read; give it with `--base`. {error}") from error
+    check_model_type(directory)
     if read_json(directory / "config.json").get("quantization_config"):
         raise CheckpointError(f"{base} is quantized; give the model that it was quantized from, with `--base`.")
     return directory
-
-
-def check_model_type(path_or_id: str | Path) -> None:  # TEMP
-    model_type = PreTrainedConfig.get_config_dict(path_or_id)[0].get("model_type")
-    if model_type != "florence_vl" and not is_original(path_or_id):
-        raise CheckpointError(f"{path_or_id} has model type {model_type!r}, expected 'florence_vl'.")
 
 
 def _merge(model: FlorenceVLForConditionalGeneration, adapter: Path) -> FlorenceVLForConditionalGeneration:

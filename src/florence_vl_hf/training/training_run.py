@@ -17,11 +17,11 @@ from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from ..conversion import load_pretrained
+from ..conversion import check_model_type, load_pretrained
 from ..model_cards import TrainedCard, Training, hub_id, public_name, write_card
 from ..modeling import FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
-from .adapters import check_model_type, lora_config, quantization_config
+from .adapters import lora_config, quantization_config
 from .arguments import DataArguments, FlorenceVLTrainingArguments, ModelArguments, parse_recipe
 from .checkpoints import last_complete_checkpoint
 from .collator import FlorenceVLCollator
@@ -56,7 +56,7 @@ def train(recipe: dict[str, Any]) -> dict[str, float]:
     """
     model_arguments, data_arguments, args = parse_recipe(recipe)
     answer_metric = load_answer_metric(args.answer_metric)
-    check_model_type(model_arguments.model_name_or_path)  # TEMP
+    check_model_type(model_arguments.model_name_or_path)
     if args.eval_strategy != "no" and not data_arguments.eval_files:
         raise ValueError("Got an `eval_strategy` but no `eval_file`; add one.")
     set_seed(args.seed)
