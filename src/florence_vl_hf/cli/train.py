@@ -27,7 +27,6 @@ def check_data(
 ) -> None:
     """Check all conversations and images before training. The exit code is 1 if there are problems."""
     from ..conversion import is_original, read_original
-    from ..conversion.checkpoint_files import resolve_checkpoint
     from ..processing import FlorenceVLProcessor
     from ..training import check_data as checks
     from ..training import load_conversations
@@ -37,7 +36,7 @@ def check_data(
     if model is None:
         processor = None
     elif is_original(model):
-        processor = read_original(resolve_checkpoint(model)).processor
+        processor = read_original(model).processor
     else:
         processor = FlorenceVLProcessor.from_pretrained(model)
     result = checks.check_data(
@@ -100,7 +99,6 @@ def plan_memory(
 ) -> None:
     """Estimate the memory of training per GPU from the model's configuration."""
     from ..conversion import is_original, read_original
-    from ..conversion.checkpoint_files import resolve_checkpoint
     from ..modeling import FlorenceVLConfig
     from ..planning import format_plan, format_table, plan_known_runs, published_config, read_setup
     from ..planning import plan_memory as plan
@@ -115,7 +113,7 @@ def plan_memory(
     if shape is not None:
         config = published_config(shape)
     elif is_original(model):
-        config = read_original(resolve_checkpoint(model)).config
+        config = read_original(model).config
     else:
         config = FlorenceVLConfig.from_pretrained(model)
     if config_changes:

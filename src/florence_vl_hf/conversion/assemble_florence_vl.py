@@ -15,19 +15,19 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
+from ..modeling import FlorenceVLConfig
 from ..modeling.configuration_florence_vl import DEFAULT_PROMPTS
 from .checkpoint_files import CheckpointError, LazyTensor, output_directory, read_tensors, resolve_checkpoint
 from .key_mapping import ORIGINAL_TOWER, to_original
 from .original_checkpoint import (
     ConvertedCheckpoint,
-    convert_tensors,
-    read_generation_config,
+    build_checkpoint,
+    build_config,
     read_tower_tensors,
     tensor_shapes,
 )
 from .original_config import Assumption, AssumptionKind, describe_assumption, tower_settings_from_directory
-from .original_processor import add_image_token, build_processor, load_original_tokenizer
+from .original_processor import build_processor, load_original_tokenizer
 
 
 logger = logging.get_logger(__name__)
@@ -79,46 +79,34 @@ def assemble(
         text_config, tokenizer = _read_text_config(llm_directory), load_original_tokenizer(llm_directory)
         assumptions = [*tower.assumptions, *_ensure_padding_token(tokenizer)]
         num_original_rows = text_config.vocab_size
-        image_token_id, text_config.vocab_size = add_image_token(tokenizer, num_original_rows)
         text_config.pad_token_id = tokenizer.pad_token_id
         prompt_token_ids = None
         if prompts:
             # Florence-2's tokenizer is BART's, under whichever name its first release gives.
             tower_tokenizer = load_original_tokenizer(tower_directory, BartTokenizer)
             prompt_token_ids = {name: tower_tokenizer(text).input_ids for name, text in prompts.items()}
-        config = FlorenceVLConfig(
-            vision_config=tower.config,
-            text_config=text_config,
-            image_token_id=image_token_id,
-            image_size=tower.image_size,
-            image_feature_source=tower.image_feature_source,
+        config = build_config(
+            tower,
+            text_config,
+            tokenizer,
             fusion_strategy=fusion_strategy,
             fusion_features=fusion_features,
             prompts=DEFAULT_PROMPTS | (prompts or {}),
             prompt_token_ids=prompt_token_ids,
             projector_depth=projector_depth,
-            architectures=[FlorenceVLForConditionalGeneration.__name__],
         )
 
         stored = read_tensors(llm_directory)
         embeddings = stored.get("model.embed_tokens.weight")
         if embeddings is None:
             raise CheckpointError(f"{llm} has no model.embed_tokens.weight; give a Llama, Phi-3, Mistral or Qwen.")
-        config.dtype = dtype or embeddings.dtype
         stored |= {ORIGINAL_TOWER + name: tensor for name, tensor in read_tower_tensors(tower_directory).items()}
-        tensors, _ = convert_tensors(config, stored | _new_projector(config), num_original_rows, config.dtype)
+        stored |= _new_projector(config)
         # The paper pretrains on images that are resized without padding.
         processor = build_processor(tower, tokenizer, config.num_image_tokens, False, chat_template)
-        checkpoint = ConvertedCheckpoint(
-            config=config,
-            processor=processor,
-            generation_config=read_generation_config(llm_directory, config, num_original_rows),
-            tensors=tensors,
-            assumptions=assumptions,
-            unused=[],
-            chat_template=chat_template,
-            num_added_rows=text_config.vocab_size - num_original_rows,
-        )
+        dtype = dtype or embeddings.dtype
+        checkpoint = build_checkpoint(llm_directory, config, processor, stored, num_original_rows, dtype)
+        checkpoint.assumptions, checkpoint.chat_template = assumptions, chat_template
         for assumption in assumptions:
             logger.warning(describe_assumption(assumption))
         checkpoint.save(directory, max_shard_size)

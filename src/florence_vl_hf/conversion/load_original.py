@@ -30,9 +30,9 @@ def is_original(path_or_id: str | Path, **hub_kwargs: Any) -> bool:
     return config.get("model_type") in TEXT_MODEL_TYPES
 
 
-def check_model_type(path_or_id: str | Path) -> None:
+def check_model_type(path_or_id: str | Path, **hub_kwargs: Any) -> None:
     """Raise a `CheckpointError` if a directory or Hub repository has no Florence-VL, in either layout."""
-    model_type = PreTrainedConfig.get_config_dict(path_or_id)[0].get("model_type")
+    model_type = PreTrainedConfig.get_config_dict(path_or_id, **hub_kwargs)[0].get("model_type")
     if model_type not in (FlorenceVLConfig.model_type, *TEXT_MODEL_TYPES):
         raise CheckpointError(
             f"{path_or_id} has model type {model_type!r}, expected {FlorenceVLConfig.model_type!r}; "
@@ -122,6 +122,8 @@ def load_pretrained(
         loaded, _ = load_original(base, **of_original, **kwargs)
         _model_of(loaded).load_adapter(str(path_or_id))
     else:
+        if not base:
+            check_model_type(path_or_id, **hub_kwargs)
         if vision_tower is not None:
             raise CheckpointError(f"{path_or_id} is not an original checkpoint and has a vision tower; omit this one.")
         kwargs |= {} if image_feature_source is None else {"image_feature_source": image_feature_source}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
@@ -16,6 +16,7 @@ from .key_mapping import ORIGINAL_TOWER, to_converted, to_first_release, to_orig
 from .original_adapters import apply_adapter, is_adapter
 from .original_config import (
     Assumption,
+    TowerSettings,
     check_is_florence_vl,
     text_config_from_original,
     tower_settings_from_directory,
@@ -122,31 +123,52 @@ def _read_complete(
     chat_template = chat_template or detect_chat_template(original["model_type"], tokenizer)
     text_config = text_config_from_original(original)
     num_original_rows = text_config.vocab_size
-    image_token_id, text_config.vocab_size = add_image_token(tokenizer, num_original_rows)
+    projector_depth = int(original["mm_projector_type"].removeprefix("mlp").removesuffix("x_gelu"))
     try:
-        config = FlorenceVLConfig(
-            vision_config=tower.config,
-            text_config=text_config,
-            image_token_id=image_token_id,
-            image_size=tower.image_size,
-            image_feature_source=tower.image_feature_source,
-            projector_depth=int(original["mm_projector_type"].removeprefix("mlp").removesuffix("x_gelu")),
-            architectures=[FlorenceVLForConditionalGeneration.__name__],
-        )
+        config = build_config(tower, text_config, tokenizer, projector_depth=projector_depth)
     except ValueError as error:
         raise CheckpointError(f"The configuration of {source} contradicts itself: {error}") from error
+    do_pad = original.get("image_aspect_ratio") == "pad"  # after finetuning only
+    processor = build_processor(tower, tokenizer, config.num_image_tokens, do_pad, chat_template)
+    checkpoint = build_checkpoint(source, config, processor, stored, num_original_rows, dtype)
+    checkpoint.assumptions, checkpoint.chat_template = tower.assumptions, chat_template
+    return checkpoint
+
+
+def build_config(
+    tower: TowerSettings, text_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, **settings: Any
+) -> FlorenceVLConfig:
+    """Build the configuration of a vision tower and a language model, whose tokenizer gets the image token."""
+    image_token_id, text_config.vocab_size = add_image_token(tokenizer, text_config.vocab_size)
+    return FlorenceVLConfig(
+        vision_config=tower.config,
+        text_config=text_config,
+        image_token_id=image_token_id,
+        image_size=tower.image_size,
+        image_feature_source=tower.image_feature_source,
+        architectures=[FlorenceVLForConditionalGeneration.__name__],
+        **settings,
+    )
+
+
+def build_checkpoint(
+    directory: Path,
+    config: FlorenceVLConfig,
+    processor: FlorenceVLProcessor,
+    stored: dict[str, LazyTensor],
+    num_original_rows: int,
+    dtype: torch.dtype | None,
+) -> ConvertedCheckpoint:
+    """Build a model from tensors by the original's names. `directory` is that of the language model."""
     tensors, unused = convert_tensors(config, stored, num_original_rows, dtype)
     config.dtype = tensors[EMBEDDING_TABLES[0]].dtype
-    do_pad = original.get("image_aspect_ratio") == "pad"  # after finetuning only
     return ConvertedCheckpoint(
         config=config,
-        processor=build_processor(tower, tokenizer, config.num_image_tokens, do_pad, chat_template),
-        generation_config=read_generation_config(source, config, num_original_rows),
+        processor=processor,
+        generation_config=read_generation_config(directory, config, num_original_rows),
         tensors=tensors,
-        assumptions=tower.assumptions,
         unused=unused,
-        chat_template=chat_template,
-        num_added_rows=text_config.vocab_size - num_original_rows,
+        num_added_rows=config.text_config.vocab_size - num_original_rows,
     )
 
 

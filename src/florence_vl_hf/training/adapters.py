@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..conversion import CheckpointError, check_model_type, load_pretrained
+from ..conversion import CheckpointError, load_pretrained
 from ..conversion.checkpoint_files import CHECKPOINT_FILES, output_directory, read_json, resolve_checkpoint
 from ..model_cards import CARD_FILE, MergedCard, read_metadata, read_training, write_card
 from ..modeling import FlorenceVLForConditionalGeneration
@@ -175,7 +175,6 @@ def _resolve_base(base: str | Path, revision: str | None) -> Path:
         directory = resolve_checkpoint(base, FILES, revision=revision)
     except CheckpointError as error:
         raise CheckpointError(f"The adapter's base model cannot be read; give it with `--base`. {error}") from error
-    check_model_type(directory)
     if read_json(directory / "config.json").get("quantization_config"):
         raise CheckpointError(f"{base} is quantized; give the model that it was quantized from, with `--base`.")
     return directory

@@ -4,10 +4,12 @@
 import copy
 import json
 import os
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -190,10 +192,14 @@ def _find_problems(
         yield SampleError(f"Its first answer begins after {limit}", Problem.NOTHING_TO_LEARN)
 
 
+def _sum(counter: Counter[int]) -> int:
+    return sum(value * count for value, count in counter.items())
+
+
 def format_report(report: DataReport) -> str:
     """Format a report for a terminal."""
     num_parsed, num_without = report.turns.total(), report.images[0]
-    num_turns, num_images = sum(report.turns.elements()), sum(report.images.elements())
+    num_turns, num_images = _sum(report.turns), _sum(report.images)
     unreadable = f", {report.num_samples - num_parsed:,} unreadable" if num_parsed < report.num_samples else ""
     lines = [
         f"{report.num_samples:,} samples: {num_parsed - num_without:,} with images ({num_images:,} images), "
@@ -207,9 +213,12 @@ def format_report(report: DataReport) -> str:
             if count > len(messages):
                 lines.append(f"  … and {count - len(messages):,} more")
     note = "Lengths were not counted; set --model to count them with the model's tokenizer."
-    if lengths := sorted(report.lengths.elements()):
-        values = {"mean": sum(lengths) / len(lengths)}
-        values |= {name: lengths[round(share * (len(lengths) - 1))] for name, share in QUANTILES.items()}
+    if num_counted := report.lengths.total():
+        lengths = sorted(report.lengths)
+        ranks = list(accumulate(report.lengths[length] for length in lengths))
+        values = {"mean": _sum(report.lengths) / num_counted}
+        for name, share in QUANTILES.items():
+            values[name] = lengths[bisect_right(ranks, round(share * (num_counted - 1)))]
         formatted = ", ".join(f"{name} {value:,.0f}" for name, value in values.items())
         note = f"Tokens per sample: {formatted}; max_length is {report.max_length:,}."
     lines += ["", note, ""]

@@ -108,6 +108,8 @@ def register_training_hook(model: nn.Module) -> FlorenceVLModel:
     if inner is None:
         raise ValueError(f"Got a {type(model).__name__}, expected a Florence-VL model.")
     # Once, and last: DeepSpeed records the order of modules in hooks, which must run before this one encodes an image.
+    if next(reversed(inner._forward_pre_hooks.values()), None) is _before_forward:
+        return inner
     for key in [key for key, hook in inner._forward_pre_hooks.items() if hook is _before_forward]:
         del inner._forward_pre_hooks[key], inner._forward_pre_hooks_with_kwargs[key]
     inner.register_forward_pre_hook(_before_forward, with_kwargs=True)
@@ -122,8 +124,10 @@ def _before_forward(
     has_images = kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs")
     # A decoding step has no images in any process.
     is_decoding = kwargs.get(CACHE) is not None and kwargs[CACHE].get_seq_length() > 0
+    if has_images or is_decoding:
+        return None
     has_gradients = model.training and (_is_trained(model.vision_tower) or _is_trained(model.multi_modal_projector))
-    if has_images or is_decoding or not (has_gradients or _is_sharded(model)):
+    if not (has_gradients or _is_sharded(model)):
         return None
     # The vision tower before the embeddings, as in batches with images: all processes gather weights in one order.
     # Not the tower's `dtype`: layers that FSDP shards are stored in float32 and compute in another dtype.
