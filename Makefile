@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 VENV_OLDEST := .venv-oldest
 
-.PHONY: test test-fast test-oldest check style coverage build quickstart new-question clean
+.PHONY: test test-fast test-oldest conformance check style coverage build quickstart new-question clean
 
 # All checks and all tests, as in CI.
 test: check

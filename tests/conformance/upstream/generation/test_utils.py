@@ -1,0 +1,6 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+"""Not in the sdist. `tests/modeling` generates; `ModelTesterMixin` only asks whether a model can."""
+
+
+class GenerationTesterMixin:
+    pass
