@@ -10,7 +10,7 @@ import transformers
 from PIL import Image
 from sentencepiece import SentencePieceProcessor
 from torch.testing import assert_close
-from transformers import AutoProcessor, LlavaImageProcessorPil
+from transformers import AutoProcessor, AutoTokenizer, LlavaImageProcessorPil
 
 from florence_vl_hf import FlorenceVLProcessor
 from florence_vl_hf.conversion.original_processor import add_image_token, load_original_tokenizer
@@ -218,6 +218,19 @@ class TestImageTokens:
         assert inputs["pixel_values"].shape[0] == 3
         assert inputs["attention_mask"][0, 0] == 0  # padded on the left
 
+    @pytest.mark.parametrize("num_images", [[1, 1], [0, 2], [2], [2, 0, 0]])
+    def test_numbers_of_each_sample_must_match(self, num_images, processor):
+        images = [[Image.new("RGB", (8, 8))] * number for number in num_images]
+        text = ["<image><image>x", "y"]
+        with pytest.raises(ValueError, match=r"tokens in the prompts should be the same as the number of images") as error:
+            processor(images=images, text=text)
+        assert f"{num_images} per sample" in str(error.value)
+
+    @pytest.mark.parametrize("images", [[[]], [], [[], []]])
+    def test_samples_without_images_have_no_pixel_values(self, images, processor):
+        text = ["Hi"] * max(len(images), 1)
+        assert "pixel_values" not in processor(images=images, text=text, return_tensors="pt")
+
     @pytest.mark.parametrize("size", [(1, 1), (10_000, 10_000), (7, 3000)])
     def test_number_for_serving_engines_equals_the_real_one(self, size, processor):
         counts = processor._get_num_multimodal_tokens(image_sizes=[size, (5, 5)])
@@ -256,6 +269,18 @@ class TestSaveAndLoad:
         expected = processor.apply_chat_template(messages, **kwargs)
         assert_close(dict(loaded.apply_chat_template(messages, **kwargs)), dict(expected))
 
+    def test_settings_given_when_loading(self, converted):
+        loaded = AutoProcessor.from_pretrained(converted, num_image_tokens=2)
+        assert loaded.num_image_tokens == 2
+        assert loaded(images=Image.new("RGB", (8, 8)), text="<image>").input_ids[0].count(loaded.image_token_id) == 2
+
+    def test_tokenizer_has_the_image_token(self, processor, tmp_path):
+        assert processor.tokenizer.image_token == "<image>"
+        processor.tokenizer.save_pretrained(tmp_path)
+        loaded = AutoTokenizer.from_pretrained(tmp_path)
+        assert (loaded.image_token, loaded.image_token_id) == ("<image>", processor.image_token_id)
+        assert len(loaded) == len(processor.tokenizer)
+
     def test_replaces_the_torchvision_backend_by_pillow(self, processor, monkeypatch):
         # Where torchvision is installed, the class of this name is another one, whose pixels differ.
         with_torchvision = type("LlavaImageProcessor", (LlavaImageProcessorPil,), {})
@@ -265,6 +290,7 @@ class TestSaveAndLoad:
         assert type(pinned.image_processor) is LlavaImageProcessorPil
         assert pinned.image_processor.size == processor.image_processor.size
 
-    def test_tokenizer_without_the_image_token_is_an_error(self, processor):
+    def test_tokenizer_without_the_image_token_is_an_error(self, golden, processor):
+        tokenizer = load_original_tokenizer(golden.checkpoint)
         with pytest.raises(ValueError, match="has no token '<photo>'"):
-            FlorenceVLProcessor(processor.image_processor, processor.tokenizer, image_token="<photo>")
+            FlorenceVLProcessor(processor.image_processor, tokenizer, image_token="<photo>")

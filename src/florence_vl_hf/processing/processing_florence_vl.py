@@ -51,6 +51,10 @@ class FlorenceVLProcessor(ProcessorMixin):
                 f"The tokenizer has no token {self.image_token!r}; add it as a special token, or give the tokenizer's "
                 f"image token as `image_token`."
             )
+        if getattr(tokenizer, "image_token", None) is None:
+            # Transformers, its pipelines and TRL read it there. The tokenizer saves and loads it.
+            tokenizer.SPECIAL_TOKENS_ATTRIBUTES = [*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, "image_token"]
+            tokenizer.image_token = self.image_token
         super().__init__(_on_pillow(image_processor), tokenizer, chat_template=chat_template)
 
     def apply_chat_template(  # type: ignore[override]  # the other arguments pass through
@@ -63,18 +67,41 @@ class FlorenceVLProcessor(ProcessorMixin):
             chat_template = load_chat_template(chat_template, self.tokenizer, self.image_token)
         return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
 
+    @classmethod
+    def _get_arguments_from_pretrained(cls, *args: Any, **kwargs: Any) -> list[Any]:
+        # Loading the tokenizer loads the configuration, which gets the same `kwargs` but derives this number.
+        kwargs.pop("num_image_tokens", None)
+        return super()._get_arguments_from_pretrained(*args, **kwargs)
+
+    def prepare_inputs_layout(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """As in Transformers; a batch whose samples all have no images, such as `[[]]`, has no `pixel_values`."""
+        images, *other_inputs = super().prepare_inputs_layout(*args, **kwargs)
+        has_images = images is not None and len(make_flat_list_of_images(images)) > 0
+        return (images if has_images else None, *other_inputs)
+
     def validate_inputs(  # type: ignore[override]  # the other arguments pass through
         self, images: Any = None, text: Any = None, **kwargs: Any
     ) -> None:
-        """Check that there is one image token per image. The error lists the whole batch, which helps to find it."""
+        """
+        Check that there is one image token per image, in each sample if `images` has one list per sample.
+
+        The error lists the whole batch, which helps to find the sample.
+        """
         if text is not None and all(isinstance(sample, str) for sample in text):
             num_tokens = [sample.count(self.image_token) for sample in text]
             flat_images: Any = [] if images is None else make_flat_list_of_images(images)
-            num_images = len(flat_images)
-            if sum(num_tokens) != num_images:
+            per_sample = ""
+            if isinstance(images, (list, tuple)) and all(isinstance(sample, (list, tuple)) for sample in images):
+                num_images = [len(sample) for sample in images]
+                per_sample = f" ({num_images} per sample)"
+                matches = num_images == num_tokens
+            else:
+                matches = len(flat_images) == sum(num_tokens)
+            if not matches:
                 raise ValueError(
-                    f"Got {num_images} images but {sum(num_tokens)} {self.image_token!r} tokens in the text "
-                    f"({num_tokens} per sample); add one {self.image_token!r} per image."
+                    f"Got {len(flat_images)} images{per_sample} but {sum(num_tokens)} {self.image_token!r} tokens in the "
+                    f"text ({num_tokens} per sample). The number of {self.image_token!r} tokens in the prompts should be "
+                    f"the same as the number of images passed: add one {self.image_token!r} per image."
                 )
         super().validate_inputs(images=images, text=text, **kwargs)
 
