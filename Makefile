@@ -6,8 +6,9 @@ export OMP_NUM_THREADS := 1
 PYTHON ?= python3
 VENV := .venv
 VENV_OLDEST := .venv-oldest
+VENV_NEWEST := .venv-newest
 
-.PHONY: test test-fast test-oldest check style coverage build quickstart new-question clean
+.PHONY: test test-fast test-oldest test-newest check style coverage build quickstart new-question clean
 
 # All checks and all tests, as in CI.
 test: check
@@ -20,6 +21,15 @@ test-fast: $(VENV)/installed
 # All tests with the oldest supported Transformers, which serving engines pin.
 test-oldest: $(VENV_OLDEST)/installed
 	$(VENV_OLDEST)/bin/python $(PYTEST)
+
+# All tests with the newest release of every dependency, in a new environment. Ends with what differs and what fails.
+test-newest:
+	rm -rf $(VENV_NEWEST)
+	$(PYTHON) -m venv $(VENV_NEWEST)
+	$(VENV_NEWEST)/bin/python -m pip install --progress-bar off -e '.[test]'
+	$(VENV_NEWEST)/bin/python -m pip install --progress-bar off --upgrade transformers
+	$(VENV_NEWEST)/bin/python -m pip freeze --exclude-editable | grep -vixFf constraints.txt || true
+	$(VENV_NEWEST)/bin/python $(PYTEST) -rfE --tb=short
 
 # Style, types, and the conventions of Transformers' model files.
 check: $(VENV)/installed
@@ -55,7 +65,7 @@ quickstart-output:
 	$(MAKE) quickstart
 
 clean:
-	rm -rf $(VENV) $(VENV_OLDEST) build dist quickstart-output quickstart-question quickstart-lora
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) build dist quickstart-output quickstart-question quickstart-lora
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
