@@ -1,16 +1,20 @@
 # Each target creates its own virtual environment and installs what it needs.
 # Tests run in two processes. With more threads, tiny models spend their time waiting for each other.
 PYTEST := -m pytest -n 2
+# Downloads the tests in the source distribution of Transformers, once per version, to .cache.
+FETCH := -m tests.conformance.fetch
 export OMP_NUM_THREADS := 1
 
 PYTHON ?= python3
 VENV := .venv
 VENV_OLDEST := .venv-oldest
+VENV_NEWEST := .venv-newest
 
-.PHONY: test test-fast test-oldest conformance check style coverage build quickstart new-question clean
+.PHONY: test test-fast test-oldest test-newest conformance check style coverage build quickstart new-question clean
 
 # All checks and all tests, as in CI.
 test: check
+	$(VENV)/bin/python $(FETCH)
 	$(VENV)/bin/python $(PYTEST)
 
 # The tests that are not marked `slow`, in under a minute.
@@ -19,7 +23,23 @@ test-fast: $(VENV)/installed
 
 # All tests with the oldest supported Transformers, which serving engines pin.
 test-oldest: $(VENV_OLDEST)/installed
+	$(VENV_OLDEST)/bin/python $(FETCH)
 	$(VENV_OLDEST)/bin/python $(PYTEST)
+
+# All tests with the newest release of every dependency, in a new environment. Ends with what differs and what fails.
+test-newest:
+	rm -rf $(VENV_NEWEST)
+	$(PYTHON) -m venv $(VENV_NEWEST)
+	$(VENV_NEWEST)/bin/python -m pip install --progress-bar off -e '.[test]'
+	$(VENV_NEWEST)/bin/python -m pip install --progress-bar off --upgrade transformers
+	$(VENV_NEWEST)/bin/python -m pip freeze --exclude-editable | grep -vixFf constraints.txt || true
+	$(VENV_NEWEST)/bin/python $(FETCH)
+	$(VENV_NEWEST)/bin/python $(PYTEST) -rfE --tb=short
+
+# Transformers' own tests of models, processors and pipelines, on Florence-VL. In under three minutes.
+conformance: $(VENV)/installed
+	$(VENV)/bin/python $(FETCH)
+	$(VENV)/bin/python $(PYTEST) tests/conformance
 
 # Style, types, and the conventions of Transformers' model files.
 check: $(VENV)/installed
@@ -55,8 +75,8 @@ quickstart-output:
 	$(MAKE) quickstart
 
 clean:
-	rm -rf $(VENV) $(VENV_OLDEST) build dist quickstart-output quickstart-question quickstart-lora
-	rm -rf .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) build dist quickstart-output quickstart-question quickstart-lora
+	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -45,9 +45,9 @@ from .configuration_florence_vl import IMAGE_FEATURE, FlorenceVLConfig
 from .transformers_compat import CACHE, slice_logits_to_keep
 
 
-# Positions that channel attention sums in one float32 chain. Sums of sums over blocks are more exact than one chain
-# over the up to 36,864 positions of a 768 x 768 image.
-CHANNEL_ATTENTION_BLOCK = 256
+# Positions that channel attention sums in one float32 chain. Sums over blocks, and then over their sums, are more
+# exact than one chain over all positions, 36,864 in the first block group of a 768 x 768 image.
+CHANNEL_ATTENTION_BLOCK = 64
 
 
 @auto_docstring(custom_intro="Output of the vision tower and of `get_image_features`.")
