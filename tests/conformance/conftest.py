@@ -16,6 +16,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "flash_attn_test",
         "flash_attn_3_test",
         "flash_attn_4_test",
+        "is_fsdp_test",
         "is_pipeline_test",
         "is_tensor_parallel_test",
         "is_training_test",

@@ -85,9 +85,12 @@ class FlorenceVLModelOutputWithPast(BaseModelOutputWithPast):
     r"""
     image_hidden_states (`torch.Tensor` of shape `(num_images * num_image_tokens, text_hidden_size)`, *optional*):
         Projected image features, which replaced the embeddings of the image tokens.
+    image_outputs (`FlorenceVLImageFeaturesOutput`, *optional*):
+        Output of `get_image_features` for the images of the batch.
     """
 
     image_hidden_states: torch.Tensor | None = None
+    image_outputs: FlorenceVLImageFeaturesOutput | None = None
 
 
 @auto_docstring(custom_intro="Output of the model with a language modeling head.")
@@ -96,9 +99,12 @@ class FlorenceVLCausalLMOutputWithPast(CausalLMOutputWithPast):
     r"""
     image_hidden_states (`torch.Tensor` of shape `(num_images * num_image_tokens, text_hidden_size)`, *optional*):
         Projected image features, which replaced the embeddings of the image tokens.
+    image_outputs (`FlorenceVLImageFeaturesOutput`, *optional*):
+        Output of `get_image_features` for the images of the batch.
     """
 
     image_hidden_states: torch.Tensor | None = None
+    image_outputs: FlorenceVLImageFeaturesOutput | None = None
 
 
 class FlorenceVLVisionWindowAttention(nn.Module):
@@ -587,6 +593,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
+            image_outputs=image_outputs,
             **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         )
 
@@ -679,6 +686,7 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
             **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         )
 
