@@ -188,6 +188,19 @@ class TestVisionTower:
         assert len(shapes) == 5  # the window attentions
         assert {shape[-1] for shape in shapes} == {8}
 
+    @pytest.mark.parametrize("num_images", [1, 2])
+    def test_inputs_of_linear_layers_are_contiguous(self, num_images):
+        # Kernels of serving engines require it. Dimensions of size 1 make some views of other strides pass unnoticed.
+        config = tiny_config()
+        config.vision_config.vision_config.num_groups = [1, 1, 1, 1]
+        model = FlorenceVLForConditionalGeneration(config)
+        strides = {}
+        for name, module in model.model.vision_tower.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(lambda _, args, name=name: strides.update({name: args[0].stride(-1)}))
+        model.get_image_features(torch.randn(num_images, 3, 64, 64))
+        assert set(strides.values()) == {1}
+
     def test_wrong_image_size_is_an_error(self):
         with pytest.raises(ValueError, match=r"\(1, 3, 96, 96\), expected \(num_images, 3, 64, 64\)"):
             tiny_model().get_image_features(torch.randn(1, 3, 96, 96))
@@ -310,6 +323,12 @@ class TestForward:
 
 
 class TestGenerate:
+    def test_pixel_values_may_be_none(self):
+        model = tiny_model()
+        inputs = tiny_inputs(model.config, [0, 0])
+        expected = model.generate(**inputs, max_new_tokens=3)
+        assert torch.equal(model.generate(**inputs, pixel_values=None, max_new_tokens=3), expected)
+
     def test_cached_decoding_equals_full_forwards(self):
         model = tiny_model()
         inputs = tiny_inputs(model.config, [1, 0])
@@ -414,15 +433,22 @@ class TestSaveAndLoad:
         loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
         assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
 
-    def test_offloaded_to_disk(self, tmp_path):
+    @pytest.mark.parametrize("part", ["model.vision_tower", "model.multi_modal_projector", "model.language_model", None])
+    def test_offloaded_to_disk(self, part, tmp_path):
         model = tiny_model()
         inputs = tiny_inputs(model.config, [1, 1])
         model.save_pretrained(tmp_path / "model")
+        where = {"device_map": "auto", "max_memory": {"cpu": 250_000}}
+        if part is not None:
+            parts = [f"model.{name}" for name, _ in model.model.named_children()] + ["lm_head"]
+            where = {"device_map": dict.fromkeys(parts, "cpu") | {part: "disk"}}
         loaded = AutoModelForImageTextToText.from_pretrained(
-            tmp_path / "model", device_map="auto", max_memory={"cpu": 250_000}, offload_folder=tmp_path / "offload"
+            tmp_path / "model", offload_folder=tmp_path / "offload", **where
         )
         assert set(loaded.hf_device_map.values()) == {"cpu", "disk"}
         assert_close(loaded(**inputs).logits, model(**inputs).logits)
+        expected = model.generate(**inputs, max_new_tokens=3)
+        assert torch.equal(loaded.generate(**inputs, max_new_tokens=3), expected)
 
     def test_resized_vocabulary(self):
         model = tiny_model()

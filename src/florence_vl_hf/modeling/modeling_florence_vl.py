@@ -603,10 +603,6 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
-    if TYPE_CHECKING:  # upstream's type of `self` is a protocol that no model satisfies
-
-        def generate(self, *args: Any, **kwargs: Any) -> Any: ...
-
     def __init__(self, config: FlorenceVLConfig) -> None:
         super().__init__(config)
         self.model = FlorenceVLModel(config)
@@ -689,6 +685,11 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             image_outputs=outputs.image_outputs,
             **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         )
+
+    def generate(self, *args: Any, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """As in Transformers; `pixel_values` may be `None`, which Transformers would encode."""
+        images = {} if pixel_values is None else {"pixel_values": pixel_values}
+        return super().generate(*args, **images, **kwargs)  # type: ignore[misc]  # upstream's type of `self`
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]  # upstream's type of `self`
