@@ -3,6 +3,7 @@ import copy
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from PIL import Image
 from torch.testing import assert_close
 from transformers import (
@@ -481,3 +482,10 @@ class TestPlans:
         assert model.get_output_embeddings() is model.lm_head
         assert model.base_model is model.model
         assert model.model.multi_modal_projector is not None
+
+    def test_prompt_tuning_takes_the_embeddings_of_the_language_model(self):
+        text_config = tiny_config().text_config.to_dict()
+        vocab_size = tiny_config().vision_config.text_config.vocab_size
+        model = tiny_model(text_config={**text_config, "vocab_size": vocab_size}, image_token_id=vocab_size - 1)
+        tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+        assert tuned.word_embeddings is model.get_input_embeddings()

@@ -498,10 +498,11 @@ class FlorenceVLPreTrainedModel(PreTrainedModel):
 class FlorenceVLModel(FlorenceVLPreTrainedModel):
     def __init__(self, config: FlorenceVLConfig) -> None:
         super().__init__(config)
+        # First, because peft's prompt tuning takes the first table of the size of the vocabulary.
+        self.language_model = AutoModel.from_config(config.text_config)
         self.vision_tower = FlorenceVLVisionTower(config)
         self.fusion = FlorenceVLFusion(config)
         self.multi_modal_projector = FlorenceVLMultiModalProjector(config)
-        self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
     @can_return_tuple
