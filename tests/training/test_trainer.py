@@ -11,7 +11,6 @@ from florence_vl_hf.training import (
     FlorenceVLTrainingArguments,
     load_conversations,
     set_trainable,
-    with_lengths,
 )
 from florence_vl_hf.training.stages import part_of
 from florence_vl_hf.training.trainer import exact_match
@@ -217,7 +216,7 @@ class TestBrokenSamples:
 
 @pytest.mark.slow
 def test_grouping_separates_samples_with_and_without_images(converted, processor, tmp_path, samples):
-    grouped = with_lengths(datasets.concatenate_datasets([samples] * 50), processor.num_image_tokens)
+    grouped = datasets.concatenate_datasets([samples] * 50)
     has_images = [bool(images) for images in grouped["images"]]
     trainer = make_trainer(
         converted,

@@ -1,7 +1,6 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Transformers' `Trainer` with learning rates per part of the model, and generated answers in evaluation."""
 
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -86,27 +85,20 @@ class FlorenceVLTrainer(Trainer):
             raise ValueError("Got `predict_with_generate` with ZeRO-3, which is not supported; use ZeRO-2 or FSDP2.")
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As in `Trainer`, with parameter groups by part of the model if a part has its own learning rate."""
+        """As in `Trainer`, with parameter groups of their own for parts of the model with their own learning rates."""
+        is_given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if is_given:
+            return optimizer
         rates = {"projector": self.args.projector_learning_rate, "vision_tower": self.args.vision_tower_learning_rate}
-        if any(rate is not None for rate in rates.values()) and self.optimizer_cls_and_kwargs is None:
-            model = self.model if model is None else model
-            decayed = set(self.get_decay_parameter_names(model))
-            parameters = defaultdict(list)
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    parameters[part_of(name), name in decayed].append(parameter)
-            groups = [
-                {
-                    "params": of_group,
-                    "weight_decay": self.args.weight_decay if is_decayed else 0.0,
-                    "lr": self.args.learning_rate if rates.get(part) is None else rates[part],
-                }
-                for (part, is_decayed), of_group in parameters.items()
-            ]
-            optimizer_cls, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
-            # Some optimizers have parameter groups of their own.
-            self.optimizer_cls_and_kwargs = (optimizer_cls, {"params": groups, **optimizer_kwargs})
-        return super().create_optimizer(model)
+        model = self.model if model is None else model
+        part_rates = {parameter: rates.get(part_of(name)) for name, parameter in model.named_parameters()}
+        for group in list(optimizer.param_groups):
+            for rate in {part_rates[parameter] for parameter in group["params"]} - {None}:
+                own = [parameter for parameter in group["params"] if part_rates[parameter] == rate]
+                group["params"] = [parameter for parameter in group["params"] if part_rates[parameter] != rate]
+                optimizer.add_param_group({**group, "params": own, "lr": rate})
+        return optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
         """As in `Trainer`, without another step when a run that had ended is resumed."""
