@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText
 
 from florence_vl_hf import FlorenceVLForConditionalGeneration
 from florence_vl_hf.conversion.reference import IMAGE_TOKEN_INDEX, RECORD_SCRIPT, forward_inputs
-from florence_vl_hf.conversion.verification import Verdict, agrees, verify
+from florence_vl_hf.conversion.verification import Tolerances, Verdict, agrees, verify
 
 from ..conftest import Golden
 
@@ -170,7 +170,8 @@ def test_verify_reads_what_is_recorded(script, golden, ours, processor, llava, t
     tensors, record = load_file(output), json.loads(output.with_suffix(".json").read_text())
     for name, expected in golden.tensors.items():
         if not name.startswith("forward"):
-            assert_close(tensors[name], expected, rtol=1e-5, atol=1e-4)
+            tolerance = Tolerances.davit * expected.abs().max().item() if name == "davit" else Tolerances.features
+            assert_close(tensors[name], expected, rtol=0, atol=tolerance)
     assert tensors["forward0.logits"].shape[0] == 1
     assert tensors["forward0.logits"].shape[2] == -(-ours.config.text_config.vocab_size // 5)
     for key in ("images", "image_size", "image_aspect_ratio", "image_token_placeholder"):

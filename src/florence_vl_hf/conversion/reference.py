@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.dataclasses import type_validator
 from torch.nn.utils.rnn import pad_sequence
 
 from ..modeling import FlorenceVLConfig
@@ -16,21 +17,21 @@ from .checkpoint_files import CheckpointError, LazyTensor, read_json, read_tenso
 IMAGE_TOKEN_INDEX = -200
 # Of recorded logits, every fifth entry of the vocabulary is kept.
 LOGITS_STRIDE = 5
-# Recorded tensors with one entry per image.
-IMAGE_TENSORS = ("pixel_values", "davit", "image_feature", "encoder_last_hidden_state", "projected")
-# Lists of the record, and the keys that each of their entries must have.
-RECORD_KEYS = {
-    "dialogs": {"conversations"},
-    "forwards": {"rows", "input_ids"},
-    "generations": {"image", "chat_input_ids", "generated_ids"},
-}
 # Runs in the original's environment, without this package.
 RECORD_SCRIPT = Path(__file__).with_name("record_reference.py")
+# Lists of the record, and the types of what their entries hold.
+Ids = list[int]
+RECORD_TYPES: dict[str, dict[str, Any]] = {
+    "dialogs": {"conversations": list[dict[str, str]], "train_input_ids": Ids | None, "chat_input_ids": Ids | None},
+    "forwards": {"rows": list[dict[str, Any]], "input_ids": list[Ids], "loss": int | float | None}
+    | dict.fromkeys(("attention_mask", "labels"), list[Ids] | None),
+    "generations": {"image": str, "chat_input_ids": Ids, "generated_ids": Ids},
+}
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Recorded tensors, the images, and the lists of `RECORD_KEYS`. Each may be empty."""
+    """Recorded tensors, paths of the images in their order, and the lists of `RECORD_TYPES`. Each may be empty."""
 
     tensors: dict[str, LazyTensor]
     images: list[Path]
@@ -45,27 +46,25 @@ def read_reference(path: Path) -> Reference:
     Read recorded tensors, and the JSON file of the same name beside them if there is one.
 
     Raises:
-        CheckpointError: If a file is missing or damaged, or tensors and record do not match.
+        CheckpointError: If a file is missing or damaged, or the record lacks an entry or has one of a wrong type.
     """
     if not path.is_file():
         raise CheckpointError(f"There is no reference {path}; record one with `python {RECORD_SCRIPT}`.")
     tensors, record_file = read_tensor_file(path), path.with_suffix(".json")
     raw = read_json(record_file) if record_file.is_file() else {}
-    record = {name: raw.get(name, []) for name in RECORD_KEYS}
-    for name, entries in record.items():
-        keys = RECORD_KEYS[name]
-        if not isinstance(entries, list) or not all(isinstance(e, dict) and keys <= e.keys() for e in entries):
-            raise CheckpointError(
-                f"`{name}` of {record_file} is not a list of entries with {', '.join(sorted(keys))}."
-            )
-    images = raw.get("images", [])
-    if not isinstance(images, list) or any(name in ("", ".", "..") or set("/\\") & set(str(name)) for name in images):
-        raise CheckpointError(f"`images` of {record_file} is not a list of file names.")
-    num_images = {name: tensors[name].shape[:1] for name in IMAGE_TENSORS if name in tensors}
-    num_images |= {"images": (len(images),)} if images else {}
-    if len(set(num_images.values())) > 1:
-        raise CheckpointError(f"{path} and its JSON file disagree about the number of images ({num_images}).")
-    return Reference(tensors, [path.parent / "images" / str(name) for name in images], record)
+    images, record = raw.get("images", []), {name: raw.get(name, []) for name in RECORD_TYPES}
+    try:
+        type_validator("images", images, list[str])
+        for name, types in RECORD_TYPES.items():
+            type_validator(name, record[name], list[dict[str, Any]])
+            for entry in record[name]:
+                for key, expected_type in types.items():
+                    type_validator(f"{name}.{key}", entry.get(key), expected_type)
+    except TypeError as error:
+        raise CheckpointError(f"{record_file} is not a record of the original: {error}; record it again.") from error
+    if outside := [name for name in images if Path(name).name != name]:
+        raise CheckpointError(f"`images` of {record_file} holds {outside[0]!r}, expected the names of files.")
+    return Reference(tensors, [path.parent / "images" / name for name in images], record)
 
 
 def forward_inputs(forward: dict[str, Any], config: FlorenceVLConfig) -> tuple[dict[str, torch.Tensor], list[str]]:
