@@ -20,20 +20,18 @@ from ..conftest import FIXTURES, Golden
 
 LLAMA = Golden(FIXTURES / "llama-small")
 REFERENCE = LLAMA.folder / "reference.safetensors"
-FORWARDS = range(len(LLAMA.reference["forwards"]))
-TEXT_CHECKS = [
-    f"{kind} {i}"
+SAMPLES = [
+    (f"logits {i} ({row['image']})", row["image"], -200 in ids)
     for i, forward in enumerate(LLAMA.reference["forwards"])
-    for kind in ("logits", "loss")
-    if not any(-200 in ids for ids in forward["input_ids"])
+    for row, ids in zip(forward["rows"], forward["input_ids"], strict=True)
 ]
+LOGITS_CHECKS = [name for name, _, _ in SAMPLES]
 FEATURE_CHECKS = ["DaViT (relative)", "V", "V't1 (caption)", "V't2 (ocr)", "V't3 (grounding)", "projection"]
 CHECKS = [
     "image tokens",
     "pixel values",
     *FEATURE_CHECKS,
-    *[f"logits {i}" for i in FORWARDS],
-    *[f"loss {i}" for i in FORWARDS],
+    *LOGITS_CHECKS,
     "greedy tokens",
     "token ids",
 ]
@@ -101,7 +99,7 @@ class TestAgreement:
         assert verdicts(results) == dict.fromkeys(CHECKS, Verdict.OK)
         assert agrees(results)
         with_numbers = [result for result in results if result.max_difference is not None]
-        assert len(with_numbers) == 1 + len(FEATURE_CHECKS) + 2 * len(FORWARDS)
+        assert len(with_numbers) == 1 + len(FEATURE_CHECKS) + len(LOGITS_CHECKS)
         assert all(result.mean_difference <= result.max_difference < 1e-3 for result in with_numbers)
 
     def test_command(self, converted_llama, capfd):
@@ -109,7 +107,7 @@ class TestAgreement:
         printed = capfd.readouterr()
         lines = printed.out.strip().split("\n")
         assert lines[0].split() == ["check", "max", "difference", "mean", "difference", "verdict"]
-        assert lines[-1] == "All 20 checks passed."
+        assert lines[-1] == f"All {len(CHECKS)} checks passed."
         assert "Forwards" in printed.err
 
     def test_table_is_aligned(self):
@@ -141,8 +139,8 @@ class TestBrokenModels:
             ("model.vision_tower.image_projector.image_position_embed.row_embeddings.weight", "V"),
             ("model.vision_tower.encoder.layers.1.fc1.weight", "V't1 (caption)"),
             ("model.multi_modal_projector.layers.1.weight", "projection"),
-            ("model.language_model.layers.0.self_attn.v_proj.weight", "logits 0"),
-            ("lm_head.weight", "logits 0"),
+            ("model.language_model.layers.0.self_attn.v_proj.weight", LOGITS_CHECKS[0]),
+            ("lm_head.weight", LOGITS_CHECKS[0]),
         ],
     )
     def test_one_weight(self, weight, check, broken_model, llama_processor):
@@ -186,7 +184,7 @@ class TestBrokenModels:
     def test_tolerance_factor(self, broken_model, llama_processor):
         with torch.no_grad():
             broken_model.get_parameter("lm_head.weight")[0, 0] += 0.01
-        assert set(failed(verify(broken_model, llama_processor, REFERENCE))) == {f"logits {i}" for i in FORWARDS}
+        assert set(failed(verify(broken_model, llama_processor, REFERENCE))) == set(LOGITS_CHECKS)
         assert agrees(verify(broken_model, llama_processor, REFERENCE, tolerance_factor=100))
         # So strictly, no two computations in float32 agree.
         assert set(FEATURE_CHECKS) <= set(failed(verify(broken_model, llama_processor, REFERENCE, tolerance_factor=0)))
@@ -201,8 +199,8 @@ class TestBrokenModels:
         assert "florence-vl: error" not in printed.err
         table = printed.out.strip().split("\n")
         assert table[8].startswith("projection") and table[8].endswith("ok")
-        assert table[9].startswith("logits 0") and table[9].endswith("FAILED")
-        assert table[-1].endswith("of 20 checks failed.")
+        assert table[9].startswith(LOGITS_CHECKS[0]) and table[9].endswith("FAILED")
+        assert table[-1].endswith(f"of {len(CHECKS)} checks failed.")
 
 
 class TestOtherModels:
@@ -217,18 +215,23 @@ class TestOtherModels:
             f"FAILED: {num_image_tokens} per image instead of 10; convert it again: --image-feature-source" in table[1]
         )
         assert table[1].endswith("temporal_avg_pool gives 9, spatial_avg_pool,temporal_avg_pool 10")
-        good = ["pixel values", "DaViT (relative)", *TEXT_CHECKS, "token ids"]
+        text_checks = [name for name, _, has_image in SAMPLES if not has_image]
+        good = ["pixel values", "DaViT (relative)", *text_checks, "token ids"]
         assert [line.split("  ")[0] for line in table if line.endswith("  ok")] == good
         assert f"FAILED: recorded as (7, 10, 8), the model gives (7, {num_image_tokens}, 8)" in table[4]
         assert table[-1] == f"{len(CHECKS) - len(good)} of {len(CHECKS)} checks failed."
 
-    def test_images_of_another_size(self, good_model, llama_processor):
-        results = verify(good_model, llama_processor, FIXTURES / "phi-small" / "reference.safetensors")
-        assert {"image tokens", "pixel values", "token ids"} <= set(failed(results))
+    def test_images_of_another_size(self, good_model, llama_processor, reference):
+        change(reference, {"pixel_values": LLAMA.tensors["pixel_values"][..., :64, :64].contiguous()})
+        results = verify(good_model, llama_processor, reference)
+        assert failed(results) == ["pixel values"]
+        assert results[1].note == "recorded as (7, 3, 64, 64), the model gives (7, 3, 96, 96)"
         found = verdicts(results)
-        assert found["V"] is found["logits 0"] is found["greedy tokens"] is Verdict.NOT_RECORDED
-        assert results[0].note.startswith("10 per image instead of 26; ")
-        assert results[1].note == "recorded as (7, 3, 160, 160), the model gives (7, 3, 96, 96)"
+        assert found["V"] is found[LOGITS_CHECKS[0]] is found["greedy tokens"] is Verdict.NOT_RECORDED
+
+    def test_token_ids_of_another_model(self, good_model, llama_processor):
+        with pytest.raises(CheckpointError, match="token id .*, but the model has only 512 tokens"):
+            verify(good_model, llama_processor, FIXTURES / "phi-small" / "reference.safetensors")
 
     def test_fewer_features(self, converted_llama, llama_processor):
         """A model without V and with two prompts, against a recording with three."""
@@ -260,7 +263,7 @@ class TestReferences:
             ("image_feature", ["V"]),
             ("encoder_last_hidden_state", FEATURE_CHECKS[2:5]),
             ("projected", ["projection"]),
-            ("forward3.logits", ["logits 3"]),
+            ("forward3.logits", [name for name in LOGITS_CHECKS if name.startswith("logits 3 ")]),
         ],
     )
     def test_missing_tensor(self, tensor, checks, good_model, llama_processor, reference):
@@ -273,14 +276,14 @@ class TestReferences:
         change(reference, forwards=forwards[:1], generations=None, dialogs=None)
         found = verdicts(verify(good_model, llama_processor, reference))
         passed = [name for name, verdict in found.items() if verdict is Verdict.OK]
-        assert passed == ["image tokens", *FEATURE_CHECKS, "logits 0"]
+        assert passed == ["image tokens", *FEATURE_CHECKS, LOGITS_CHECKS[0]]
         assert set(found.values()) == {Verdict.OK, Verdict.NOT_RECORDED}
 
     def test_missing_pixel_values(self, good_model, llama_processor, reference):
         change(reference, {"pixel_values": None})
         found = verdicts(verify(good_model, llama_processor, reference))
         assert found["pixel values"] is Verdict.NOT_RECORDED
-        assert found["V"] is found["logits 0"] is found["greedy tokens"] is Verdict.NOT_RECORDED
+        assert found["V"] is found[LOGITS_CHECKS[0]] is found["greedy tokens"] is Verdict.NOT_RECORDED
         assert found["image tokens"] is found["token ids"] is Verdict.OK
 
     @pytest.mark.parametrize("tensor", ["davit", "image_feature", "encoder_last_hidden_state", "projected"])
@@ -295,12 +298,9 @@ class TestReferences:
         change(reference, {"pixel_values": LLAMA.tensors["pixel_values"][:num_images]})
         found = verdicts(verify(good_model, llama_processor, reference))
         assert [found[name] for name in ("pixel values", *FEATURE_CHECKS, "greedy tokens")] == [Verdict.OK] * 8
-        is_there = set(LLAMA.reference["images"][:num_images])
-        for i, forward in enumerate(LLAMA.reference["forwards"]):
-            names = {
-                row["image"] for row, ids in zip(forward["rows"], forward["input_ids"], strict=True) if -200 in ids
-            }
-            assert found[f"logits {i}"] is (Verdict.OK if names <= is_there else Verdict.NOT_RECORDED)
+        is_there = LLAMA.reference["images"][:num_images]
+        for name, image, has_image in SAMPLES:
+            assert found[name] is (Verdict.NOT_RECORDED if has_image and image not in is_there else Verdict.OK)
 
     def test_padding_is_ignored(self, good_model, llama_processor, reference):
         logits = LLAMA.tensors["forward4.logits"].clone()
@@ -310,29 +310,23 @@ class TestReferences:
         assert agrees(verify(good_model, llama_processor, change(reference, {"forward4.logits": logits})))
         logits[row, 0, 3] += 0.01
         assert failed(verify(good_model, llama_processor, change(reference, {"forward4.logits": logits}))) == [
-            "logits 4"
+            f"logits 4 ({LLAMA.reference['forwards'][4]['rows'][row]['image']})"
         ]
 
     def test_tensors_of_another_shape_fail(self, good_model, llama_processor, reference):
         change(reference, {"davit": torch.zeros(7, 4, 96), "forward0.logits": torch.zeros(1, 3, 97)})
         results = verify(good_model, llama_processor, reference)
-        assert failed(results) == ["DaViT (relative)", "logits 0"]
+        assert failed(results) == ["DaViT (relative)", LOGITS_CHECKS[0]]
         assert results[2].note == "recorded as (7, 4, 96), the model gives (7, 9, 96)"
 
-    @pytest.mark.parametrize(("key", "check"), [("loss", "loss 0"), ("generated_ids", "greedy tokens")])
-    def test_other_values_fail(self, key, check, good_model, llama_processor, reference):
-        forwards, generations = copy.deepcopy([LLAMA.reference["forwards"], LLAMA.reference["generations"]])
-        if key == "loss":
-            forwards[0]["loss"] += 0.01
-        else:
-            generations[1]["generated_ids"][-1] += 1
-        change(reference, forwards=forwards, generations=generations)
-        results = verify(good_model, llama_processor, reference)
-        assert failed(results) == [check]
-        if key == "generated_ids":
-            last = generations[1]["generated_ids"][-1]
-            assert results[-2].note.startswith("answer 1, ")
-            assert results[-2].note.endswith(f"has {last - 1} instead of {last} at token 15")
+    def test_other_tokens_fail(self, good_model, llama_processor, reference):
+        generations = copy.deepcopy(LLAMA.reference["generations"])
+        generations[1]["generated_ids"][-1] += 1
+        results = verify(good_model, llama_processor, change(reference, generations=generations))
+        assert failed(results) == ["greedy tokens"]
+        last = generations[1]["generated_ids"][-1]
+        assert results[-2].note.startswith("answer 1, ")
+        assert results[-2].note.endswith(f"has {last - 1} instead of {last} at token 15")
 
     @pytest.mark.parametrize("tensors", [{"something": torch.zeros(2)}, {"image_feature": torch.zeros(7, 10, 8)}])
     def test_nothing_to_compare(self, tensors, good_model, llama_processor, tmp_path):

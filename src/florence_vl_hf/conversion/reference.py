@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import type_validator
-from torch.nn.utils.rnn import pad_sequence
 
 from ..modeling import FlorenceVLConfig
 from .checkpoint_files import CheckpointError, LazyTensor, read_json, read_tensor_file
@@ -19,12 +18,11 @@ IMAGE_TOKEN_INDEX = -200
 LOGITS_STRIDE = 5
 # Runs in the original's environment, without this package.
 RECORD_SCRIPT = Path(__file__).with_name("record_reference.py")
-# Lists of the record, and the types of what their entries hold.
 Ids = list[int]
+# Lists of the record, and the types of what their entries hold.
 RECORD_TYPES: dict[str, dict[str, Any]] = {
     "dialogs": {"conversations": list[dict[str, str]], "train_input_ids": Ids | None, "chat_input_ids": Ids | None},
-    "forwards": {"rows": list[dict[str, Any]], "input_ids": list[Ids], "loss": int | float | None}
-    | dict.fromkeys(("attention_mask", "labels"), list[Ids] | None),
+    "forwards": {"rows": list[dict[str, Any]], "input_ids": list[Ids], "attention_mask": list[Ids] | None},
     "generations": {"image": str, "chat_input_ids": Ids, "generated_ids": Ids},
 }
 
@@ -67,26 +65,16 @@ def read_reference(path: Path) -> Reference:
     return Reference(tensors, [path.parent / "images" / name for name in images], record)
 
 
-def forward_inputs(forward: dict[str, Any], config: FlorenceVLConfig) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """
-    Build the inputs of a recorded forward pass, with the model's image tokens for each placeholder.
-
-    Returns:
-        `tuple[dict[str, torch.Tensor], list[str]]`: Right-padded `input_ids`, `attention_mask` and, if recorded,
-        `labels`, each of shape `(batch_size, sequence_length)`; and the names of the images in order.
-    """
-    counts, images = [], []
-    for row, ids in zip(forward["rows"], forward["input_ids"], strict=True):
-        counts.append(torch.tensor([config.num_image_tokens if i == IMAGE_TOKEN_INDEX else 1 for i in ids]))
-        images += [row["image"]] * ids.count(IMAGE_TOKEN_INDEX)
-    forward = {"attention_mask": [[1] * len(ids) for ids in forward["input_ids"]]} | forward
-    inputs = {}
-    for name, padding in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
-        if name in forward:
-            rows = [torch.tensor(row).repeat_interleave(n) for row, n in zip(forward[name], counts, strict=True)]
-            inputs[name] = pad_sequence(rows, batch_first=True, padding_value=padding)
-    inputs["input_ids"][inputs["input_ids"] == IMAGE_TOKEN_INDEX] = config.image_token_id
-    return inputs, images
+def expand_image_tokens(token_ids: list[int], config: FlorenceVLConfig) -> list[int]:
+    """Replace each of the original's placeholders by the model's image tokens."""
+    image_tokens, vocab_size = [config.image_token_id] * config.num_image_tokens, config.text_config.vocab_size
+    expanded = [token for i in token_ids for token in (image_tokens if i == IMAGE_TOKEN_INDEX else [i])]
+    if unknown := [i for i in expanded if not 0 <= i < vocab_size]:
+        raise CheckpointError(
+            f"The reference has token id {unknown[0]}, but the model has only {vocab_size} tokens; give the reference "
+            f"of the model's own original."
+        )
+    return expanded
 
 
-__all__ = ["IMAGE_TOKEN_INDEX", "LOGITS_STRIDE", "RECORD_SCRIPT", "Reference", "forward_inputs", "read_reference"]
+__all__ = ["IMAGE_TOKEN_INDEX", "LOGITS_STRIDE", "RECORD_SCRIPT", "Reference", "expand_image_tokens", "read_reference"]
