@@ -278,12 +278,12 @@ class TestTextConfig:
             (
                 "qwen2",
                 {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-                "rope scaling 'linear'",
+                "'rope_type': 'linear'",
             ),
             (
                 "phi3",
                 {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4}},
-                "partial_rotary_factor 0.5",
+                "'partial_rotary_factor': 0.5",
             ),
             ("gemma", {}, "type 'gemma'"),
         ],

@@ -26,22 +26,15 @@ def check_data(
     report: Annotated[Path | None, Option(help="Write every problem to this .jsonl file.")] = None,
 ) -> None:
     """Check all conversations and images before training. The exit code is 1 if there are problems."""
-    from ..conversion import is_original, read_original
-    from ..processing import FlorenceVLProcessor
+    from ..conversion import load_processor
     from ..training import check_data as checks
     from ..training import load_conversations
 
     if chat_template is not None and model is None:
         raise typer.BadParameter("It requires the tokenizer of a --model.", param_hint="--chat-template")
-    if model is None:
-        processor = None
-    elif is_original(model):
-        processor = read_original(model).processor
-    else:
-        processor = FlorenceVLProcessor.from_pretrained(model)
     result = checks.check_data(
         load_conversations(file, image_folder, split),
-        processor,
+        None if model is None else load_processor(model),
         max_length=max_length,
         chat_template=chat_template,
         num_workers=workers,
@@ -98,7 +91,7 @@ def plan_memory(
     images_per_sample: Annotated[int, Option(help="Number of images per sample.", min=0)] = 1,
 ) -> None:
     """Estimate the memory of training per GPU from the model's configuration."""
-    from ..conversion import is_original, read_original
+    from ..conversion import load_config
     from ..modeling import FlorenceVLConfig
     from ..planning import format_plan, format_table, plan_known_runs, published_config, read_setup
     from ..planning import plan_memory as plan
@@ -110,12 +103,7 @@ def plan_memory(
     model, config_changes, setup = read_setup(
         read_recipe(recipe, changes), num_gpus, sharding, accelerate_config, images_per_sample
     )
-    if shape is not None:
-        config = published_config(shape)
-    elif is_original(model):
-        config = read_original(model).config
-    else:
-        config = FlorenceVLConfig.from_pretrained(model)
+    config = load_config(model) if shape is None else published_config(shape)
     if config_changes:
         config = FlorenceVLConfig.from_dict({**config.to_dict(), **config_changes})
     typer.echo(format_plan(plan(config, setup)))

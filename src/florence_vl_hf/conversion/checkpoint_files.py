@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 
-# Files of a Hub repository that are downloaded to read a checkpoint.
-CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt")
+# Files of a Hub repository that are downloaded to read a checkpoint, without and with its weights.
+SETTINGS_FILES = ("*.json", "*.model", "*.txt")
+CHECKPOINT_FILES = (*SETTINGS_FILES, "*.safetensors", "*.bin")
 # Names that Transformers gives to weights, in order of preference: an index, or a single file.
 WEIGHT_FILES = (
     "model.safetensors.index.json",

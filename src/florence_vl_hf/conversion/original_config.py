@@ -2,8 +2,8 @@
 """Translation between the `config.json` of the original and of Florence-2, and `FlorenceVLConfig`."""
 
 import re
+from copy import deepcopy
 from dataclasses import dataclass, fields
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -43,44 +43,15 @@ TEMPORAL_EMBEDDING, POSITION_EMBEDDING = {"type": "COSINE"}, {"type": "learned_a
 # Settings of public Florence-2 models that cannot be inferred from their weights.
 PUBLIC_IMAGE_SIZE = FlorenceVLConfig.image_size
 PUBLIC_IMAGE_FEATURE_SOURCE = FlorenceVLConfig.image_feature_source
-
-
-class AssumptionKind(Enum):
-    """What a checkpoint does not say, so that a value had to be assumed, as a sentence to be formatted."""
-
-    TOWER_CONFIG = (
-        "The vision tower has no config.json: its widths {tower.vision_config.embed_dim} and depths are inferred from "
-        "the weights; assumed as in public Florence-2 are heads {tower.vision_config.num_heads} in DaViT and "
-        "{tower.text_config.encoder_attention_heads} in the encoder, windows of {tower.vision_config.window_size} and "
-        "images of {image_size}. For any other tower, give its directory as --vision-tower."
-    )
-    IMAGE_FEATURE_SOURCE = (
-        "{directory} does not set image_feature_source: assumed as in public Florence-2 is {image_feature_source} "
-        "(577 tokens for {image_size}; the paper counts 576). Override it with --image-feature-source."
-    )
-    IMAGE_SIZE = "{directory} has no preprocessor_config.json: images of {image_size} are assumed, as in Florence-2."
-    PADDING_TOKEN = "The tokenizer of the language model has no padding token: {token} is used."
-
-
-@dataclass(frozen=True)
-class Assumption:
-    """A value that was assumed."""
-
-    kind: AssumptionKind
-    directory: Path | None = None  # of the vision tower that lacks it, if there is one
-    tower: Florence2Config | None = None  # inferred, for `TOWER_CONFIG`
-    token: str | None = None  # used, for `PADDING_TOKEN`
-
-
-def describe_assumption(assumption: Assumption, directory: str | None = None) -> str:
-    """Render an assumption as a sentence, in which `directory` names the one of the vision tower."""
-    return assumption.kind.value.format(
-        directory=(directory or assumption.directory) if assumption.directory else "The checkpoint",
-        tower=assumption.tower,
-        token=assumption.token,
-        image_size=f"{PUBLIC_IMAGE_SIZE} x {PUBLIC_IMAGE_SIZE}",
-        image_feature_source=",".join(PUBLIC_IMAGE_FEATURE_SOURCE),
-    )
+# What is said where a checkpoint lacks them. A model card shows these sentences, so they contain no local path.
+ASSUMED_IMAGE_SIZE = (
+    f"The vision tower has no preprocessor_config.json: images of {PUBLIC_IMAGE_SIZE} x {PUBLIC_IMAGE_SIZE} are "
+    f"assumed, as in public Florence-2."
+)
+ASSUMED_IMAGE_FEATURE_SOURCE = (
+    f"The vision tower does not set image_feature_source: {','.join(PUBLIC_IMAGE_FEATURE_SOURCE)} is assumed, as in "
+    f"public Florence-2 (577 tokens for 768 x 768; the paper counts 576). Override it with --image-feature-source."
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +63,7 @@ class TowerSettings:
     image_size: int
     image_mean: list[float]
     image_std: list[float]
-    assumptions: list[Assumption]
+    assumptions: list[str]  # sentences
 
 
 def check_is_florence_vl(original: dict[str, Any], has_davit: bool, source: Path) -> None:
@@ -115,7 +86,8 @@ def text_config_from_original(original: dict[str, Any]) -> PreTrainedConfig:
     """Return the language model's configuration, whose fields an original `config.json` holds at top level."""
     config_class = CONFIG_MAPPING[TEXT_MODEL_TYPES[original["model_type"]]]
     names = (*own_fields(config_class), *LEGACY_ROPE_FIELDS)
-    return config_class(**{name: original[name] for name in names if name in original})
+    # A copy, since nested settings are completed in place.
+    return config_class(**deepcopy({name: original[name] for name in names if name in original}))
 
 
 def own_fields(config_class: type[PreTrainedConfig]) -> list[str]:
@@ -134,10 +106,16 @@ def tower_settings_from_directory(directory: Path, image_feature_source: list[st
     if is_first_release(raw):
         names = own_fields(CONFIG_MAPPING["bart"])
         bart = {"model_type": "bart"} | {name: bart[name] for name in names if bart.get(name) is not None}
-        config = Florence2Config(vision_config=_davit_from_first_release(davit, path), text_config=bart)
+        config = Florence2Config(vision_config=_davit_from_first_release(davit), text_config=bart)
     else:
         config = Florence2Config.from_dict(raw)
-    return _complete(config, image_feature_source or davit.get("image_feature_source"), directory)
+    images = directory / "preprocessor_config.json"
+    if images.exists():
+        settings = read_json(images)
+    else:  # Transformers 5 saves the image settings within those of the processor
+        processor = directory / "processor_config.json"
+        settings = read_json(processor).get("image_processor", {}) if processor.exists() else {}
+    return _complete(config, image_feature_source or davit.get("image_feature_source"), settings)
 
 
 def is_first_release(raw: dict[str, Any]) -> bool:
@@ -145,11 +123,11 @@ def is_first_release(raw: dict[str, Any]) -> bool:
     return "dim_embed" in raw.get("vision_config", {})
 
 
-def _davit_from_first_release(davit: dict[str, Any], path: Path) -> dict[str, Any]:
+def _davit_from_first_release(davit: dict[str, Any]) -> dict[str, Any]:
     positions, temporal = davit.get("image_pos_embed") or {}, davit.get("visual_temporal_embedding") or {}
     if not (POSITION_EMBEDDING.items() <= positions.items() and TEMPORAL_EMBEDDING.items() <= temporal.items()):
         expected = f"{POSITION_EMBEDDING} and {TEMPORAL_EMBEDDING}"
-        raise CheckpointError(f"{path} has position embeddings {positions} and {temporal}, expected {expected}.")
+        raise CheckpointError(f"DaViT has position embeddings {positions} and {temporal}, expected {expected}.")
     return {ours: davit[theirs] for theirs, ours in DAVIT_FIELDS.items() if theirs in davit} | {
         "max_temporal_embeddings": temporal["max_temporal_embeddings"],
         "max_position_embeddings": positions["max_pos_embeddings"],
@@ -157,36 +135,24 @@ def _davit_from_first_release(davit: dict[str, Any], path: Path) -> dict[str, An
 
 
 def _complete(
-    config: Florence2Config, image_feature_source: list[str] | None, directory: Path | None
+    config: Florence2Config, image_feature_source: list[str] | None, images: dict[str, Any], *assumptions: str
 ) -> TowerSettings:
-    """Add to a configuration the settings that its directory, if there is one, has in other files, or defaults."""
-    assumptions = [] if directory else [Assumption(AssumptionKind.TOWER_CONFIG, tower=config)]
-    if image_feature_source is None:
-        assumptions.append(Assumption(AssumptionKind.IMAGE_FEATURE_SOURCE, directory))
-    image_settings = _read_image_settings(directory) if directory else {}
-    if image_settings is None:
-        image_settings = {}
-        assumptions.append(Assumption(AssumptionKind.IMAGE_SIZE, directory))
-    size = image_settings.get("size", {"height": PUBLIC_IMAGE_SIZE, "width": PUBLIC_IMAGE_SIZE})
+    """Add the settings of images, or those of public Florence-2 models."""
+    if not image_feature_source:
+        assumptions += (ASSUMED_IMAGE_FEATURE_SOURCE,)
+    if "size" not in images:
+        assumptions += (ASSUMED_IMAGE_SIZE,)
+    size = images.get("size", {"height": PUBLIC_IMAGE_SIZE, "width": PUBLIC_IMAGE_SIZE})
     if not isinstance(size, dict) or size.get("height") is None or size.get("height") != size.get("width"):
-        raise CheckpointError(f"{directory} has images of size {size}, expected a square of `height` and `width`.")
+        raise CheckpointError(f"The vision tower has images of size {size}, expected equal `height` and `width`.")
     return TowerSettings(
         config,
         image_feature_source or list(PUBLIC_IMAGE_FEATURE_SOURCE),
         image_size=size["height"],
-        image_mean=image_settings.get("image_mean", IMAGENET_DEFAULT_MEAN),
-        image_std=image_settings.get("image_std", IMAGENET_DEFAULT_STD),
-        assumptions=assumptions,
+        image_mean=images.get("image_mean", IMAGENET_DEFAULT_MEAN),
+        image_std=images.get("image_std", IMAGENET_DEFAULT_STD),
+        assumptions=list(assumptions),
     )
-
-
-def _read_image_settings(directory: Path) -> dict[str, Any] | None:
-    if (directory / "preprocessor_config.json").exists():
-        return read_json(directory / "preprocessor_config.json")
-    # Transformers 5 saves the image settings within those of the processor.
-    if (directory / "processor_config.json").exists():
-        return read_json(directory / "processor_config.json").get("image_processor")
-    return None
 
 
 def tower_settings_from_tensors(
@@ -205,10 +171,10 @@ def tower_settings_from_tensors(
     num_block_groups = count(r"vision_tower\.convs\.(\d+)\.")
     convs = [shape(f"vision_tower.convs.{group}.proj.weight") for group in range(num_block_groups)]
     embed_dim = [conv[0] for conv in convs]
-    num_heads = [_num_heads(width, head_dim=32) for width in embed_dim]
-    width, projection_dim = shape("image_projection")
     encoder = "language_model.model.encoder."
     d_model = shape(encoder + "layernorm_embedding.weight")[0]
+    # In public Florence-2 models, heads have 32 channels in DaViT and 64 in the encoder.
+    num_heads, encoder_heads = [max(1, width // 32) for width in embed_dim], max(1, d_model // 64)
     words = next((name for name in TIED_WORDS if name in tensors), TIED_WORDS[0])
 
     config = Florence2Config(
@@ -222,7 +188,7 @@ def tower_settings_from_tensors(
             "patch_prenorm": [
                 shape(f"vision_tower.convs.{group}.norm.weight")[0] != conv[0] for group, conv in enumerate(convs)
             ],
-            "projection_dim": projection_dim,
+            "projection_dim": shape("image_projection")[-1],
             "max_position_embeddings": shape("image_pos_embed.row_embeddings.weight")[0],
             "max_temporal_embeddings": shape("visual_temporal_embed.pos_idx_to_embed")[0],
         },
@@ -231,7 +197,7 @@ def tower_settings_from_tensors(
             "vocab_size": shape(words)[0],
             "d_model": d_model,
             "encoder_layers": count(encoder.replace(".", r"\.") + r"layers\.(\d+)\."),
-            "encoder_attention_heads": _num_heads(d_model, head_dim=64),
+            "encoder_attention_heads": encoder_heads,
             "encoder_ffn_dim": shape(encoder + "layers.0.fc1.weight")[0],
             "decoder_layers": count(r"language_model\.model\.decoder\.layers\.(\d+)\."),
             # BART keeps two positions for padding, which its configuration does not count.
@@ -239,12 +205,12 @@ def tower_settings_from_tensors(
             "scale_embedding": False,
         },
     )
-    return _complete(config, image_feature_source, directory=None)
-
-
-def _num_heads(width: int, head_dim: int) -> int:
-    # As in public Florence-2 models: the largest number that divides `width`, with at least `head_dim` channels each.
-    return next(heads for heads in range(max(1, width // head_dim), 0, -1) if width % heads == 0)
+    assumption = (
+        f"The vision tower has no config.json: its widths {embed_dim} and depths are inferred from the weights. Heads "
+        f"{num_heads} in DaViT and {encoder_heads} in the encoder, and windows of {config.vision_config.window_size}, "
+        f"are assumed, as in public Florence-2. For any other tower, give its directory as --vision-tower."
+    )
+    return _complete(config, image_feature_source, {}, assumption)
 
 
 def text_config_to_original(config: PreTrainedConfig) -> tuple[dict[str, Any], list[str]]:
@@ -252,28 +218,21 @@ def text_config_to_original(config: PreTrainedConfig) -> tuple[dict[str, Any], l
     if config.model_type not in ORIGINAL_MODEL_TYPES:
         return {}, [f"a language model of type {config.model_type!r} (only {', '.join(ORIGINAL_MODEL_TYPES)})"]
     settings = {name: getattr(config, name) for name in own_fields(type(config))}
-    plain = {name: value for name, value in settings.items() if name not in (*DERIVED_TEXT_FIELDS, "rope_parameters")}
-    as_derived = type(config)(**plain)
-    inexpressible = [
-        f"{name} {settings[name]}"
-        for name in DERIVED_TEXT_FIELDS
-        if name in settings and settings[name] != getattr(as_derived, name)
-    ]
-    rope = dict(config.rope_parameters)
-    rope_type = rope.pop("rope_type", "default")
-    plain["rope_theta"] = rope.pop("rope_theta")
-    rope.pop("type", None)
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        inexpressible.append(f"partial_rotary_factor {config.rope_parameters['partial_rotary_factor']}")
-    for name in set(rope) & set(plain):  # Phi-3 has original_max_position_embeddings in both places
-        rope.pop(name)
-    if rope_type == "default":
-        plain["rope_scaling"] = None
-    elif config.model_type in ROPE_TYPE_FIELDS:
-        plain["rope_scaling"] = {ROPE_TYPE_FIELDS[config.model_type]: rope_type} | rope
-    else:
-        inexpressible.append(f"rope scaling {rope_type!r} in a language model of type {config.model_type!r}")
-    return {"model_type": ORIGINAL_MODEL_TYPES[config.model_type]} | plain, inexpressible
+    # Phi-3 has its type of scaling, and `original_max_position_embeddings`, in two places.
+    settings["rope_parameters"] = {name: value for name, value in config.rope_parameters.items() if name != "type"}
+    rope = {name: value for name, value in settings["rope_parameters"].items() if name not in settings}
+    rope_theta, rope_type = rope.pop("rope_theta"), rope.pop("rope_type", "default")
+    rope.pop("partial_rotary_factor", None)
+    can_scale = rope_type != "default" and config.model_type in ROPE_TYPE_FIELDS
+    original = {
+        "model_type": ORIGINAL_MODEL_TYPES[config.model_type],
+        **{name: value for name, value in settings.items() if name not in (*DERIVED_TEXT_FIELDS, "rope_parameters")},
+        "rope_theta": rope_theta,
+        "rope_scaling": {ROPE_TYPE_FIELDS[config.model_type]: rope_type} | rope if can_scale else None,
+    }
+    translated = text_config_from_original(original)
+    translated.rope_parameters.pop("type", None)
+    return original, [f"{name} {value}" for name, value in settings.items() if getattr(translated, name) != value]
 
 
 def tower_config_to_first_release(config: FlorenceVLConfig) -> tuple[dict[str, Any], list[str]]:
@@ -286,12 +245,11 @@ def tower_config_to_first_release(config: FlorenceVLConfig) -> tuple[dict[str, A
         "image_pos_embed": POSITION_EMBEDDING | {"max_pos_embeddings": davit.max_position_embeddings},
         "image_feature_source": list(config.image_feature_source),
     }
-    expressed = {*DAVIT_FIELDS.values(), "max_temporal_embeddings", "max_position_embeddings", "initializer_range"}
-    default = type(davit)()
+    translated = type(davit)(**_davit_from_first_release(vision_config))
     inexpressible = [
         f"a tower with {name} {getattr(davit, name)}"
         for name in own_fields(type(davit))
-        if name not in expressed and getattr(davit, name) != getattr(default, name)
+        if getattr(davit, name) != getattr(translated, name)
     ]
     return {
         "architectures": ["Florence2ForConditionalGeneration"],
