@@ -215,7 +215,7 @@ class TestDecoder:
     def test_of_another_size_is_refused(self, llama, tmp_path):
         with pytest.raises(CheckpointError, match="as --vision-tower"):
             read_as_original(llama, PHI_TOWER)
-        with pytest.raises(CheckpointError, match="missing: language_model.model.decoder"):
+        with pytest.raises(CheckpointError, match="missing: .*language_model.model.decoder"):
             read_as_original(llama, LLAMA.vision_tower)
 
 

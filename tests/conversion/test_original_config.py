@@ -38,7 +38,7 @@ class TestTower:
         assert checkpoint.config.image_size == 768
         tower, *others = checkpoint.assumptions
         assert "has no config.json" in tower and "--vision-tower" in tower
-        assert others == [ASSUMED_IMAGE_FEATURE_SOURCE, ASSUMED_IMAGE_SIZE]
+        assert others == [ASSUMED_IMAGE_SIZE, ASSUMED_IMAGE_FEATURE_SOURCE]
 
     @pytest.mark.parametrize(("source", "num_image_tokens"), [(["temporal_avg_pool"], 9), (["last_frame"], 9)])
     def test_image_feature_source_can_be_overridden(self, source, num_image_tokens, tmp_path):

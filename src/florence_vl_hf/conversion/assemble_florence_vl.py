@@ -17,7 +17,7 @@ from transformers import (
 from ..modeling import FlorenceVLConfig
 from ..modeling.configuration_florence_vl import DEFAULT_PROMPTS
 from .checkpoint_files import CheckpointError, LazyTensor, output_directory, read_tensors, resolve_checkpoint
-from .key_mapping import ORIGINAL_TOWER, to_original
+from .key_mapping import to_original
 from .original_checkpoint import (
     ConvertedCheckpoint,
     build_settings,
@@ -72,7 +72,7 @@ def assemble(
     """
     with output_directory(Path(output)) as directory:
         tower_directory, llm_directory = resolve_checkpoint(vision_tower), resolve_checkpoint(llm)
-        tower = tower_settings_from_directory(tower_directory, image_feature_source)
+        tower = tower_settings_from_directory(tower_directory)
         text_config, tokenizer = _read_text_config(llm_directory), load_original_tokenizer(llm_directory)
         tower.assumptions.extend(_ensure_padding_token(tokenizer))
         text_config.pad_token_id = tokenizer.pad_token_id
@@ -87,6 +87,7 @@ def assemble(
             text_config,
             tokenizer,
             chat_template,
+            image_feature_source,
             do_pad=False,  # in pretraining, the paper only resizes images
             fusion_strategy=fusion_strategy,
             fusion_features=fusion_features,
@@ -98,8 +99,8 @@ def assemble(
         embeddings = stored.get("model.embed_tokens.weight")
         if embeddings is None:
             raise CheckpointError(f"{llm} has no model.embed_tokens.weight; give a Llama, Phi-3, Mistral or Qwen.")
-        stored |= {ORIGINAL_TOWER + name: tensor for name, tensor in read_tower_tensors(tower_directory).items()}
-        convert_tensors(checkpoint, stored | _new_projector(checkpoint.config), dtype or embeddings.dtype)
+        stored |= read_tower_tensors(tower_directory) | _new_projector(checkpoint.config)
+        convert_tensors(checkpoint, stored, dtype or embeddings.dtype)
         checkpoint.save(directory, max_shard_size)
     return checkpoint
 
@@ -146,10 +147,10 @@ def _new_projector(config: FlorenceVLConfig) -> dict[str, LazyTensor]:
         generator = torch.Generator().manual_seed(seed)
         return torch.zeros(shape).normal_(0.0, std if len(shape) > 1 else 0.0, generator=generator)
 
+    names = [str(to_original(name)[0].name) for name in shapes]
     return {
-        original.name: LazyTensor(original.name, Path("projector"), torch.float32, shape, partial(load, shape, seed))
-        for seed, (name, shape) in enumerate(shapes.items())
-        for original in to_original(name)
+        name: LazyTensor(name, Path("projector"), torch.float32, shape, partial(load, shape, seed))
+        for seed, (name, shape) in enumerate(zip(names, shapes.values(), strict=True))
     }
 
 

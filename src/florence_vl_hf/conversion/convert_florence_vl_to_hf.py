@@ -61,7 +61,7 @@ def convert(
             chat_template=checkpoint.chat_template,
             cast_to=None if dtype is None else str(dtype).removeprefix("torch."),
             num_added_rows=checkpoint.num_added_rows,
-            num_unused=len(checkpoint.unused),
+            num_unused=checkpoint.num_unused,
             assumptions=checkpoint.assumptions,
         )
         write_card(directory, card)

@@ -42,7 +42,6 @@ SUPPORTED_SETTINGS = {
     "fusion_features": [IMAGE_FEATURE, *DEFAULT_PROMPT_TOKEN_IDS],
     "mask_prompt_padding": False,
     "projector_hidden_act": "gelu",
-    "quantization_config": None,
     "do_center_crop": False,
 }
 # Settings of a tokenizer that do not depend on its class.
@@ -188,11 +187,7 @@ def read_as_original(source: Path, vision_tower: Path | None = None) -> Exported
 
 def _unsupported_settings(config: FlorenceVLConfig, processor: FlorenceVLProcessor) -> list[str]:
     """Describe the settings of fusion, prompts, projector and images that the original's code does not have."""
-    settings = {
-        "quantization_config": None,
-        **vars(config),
-        "do_center_crop": bool(processor.image_processor.do_center_crop),
-    }
+    settings = vars(config) | {"do_center_crop": bool(processor.image_processor.do_center_crop)}
     unsupported = [
         f"{name} {settings[name]!r} (only {supported!r})"
         for name, supported in SUPPORTED_SETTINGS.items()
@@ -254,8 +249,9 @@ def _original_tensors(
 
 def _decoder_tensors(bart: BartConfig, tower: dict[str, LazyTensor], dtype: torch.dtype) -> dict[str, LazyTensor]:
     """Return the tensors of a Florence-2 that only its decoder uses, by the original's names."""
-    decoder, bias = "language_model.model.decoder.", "language_model.final_logits_bias"
-    tower = {name.replace("language_model.decoder.", decoder): tensor for name, tensor in tower.items()}
+    decoder, bias = (f"{ORIGINAL_TOWER}language_model.{name}" for name in ("model.decoder.", "final_logits_bias"))
+    native = f"{ORIGINAL_TOWER}language_model.decoder."  # in Transformers' own Florence-2
+    tower = {name.replace(native, decoder): tensor for name, tensor in tower.items()}
     with torch.device("meta"):
         state_dict = BartDecoder(bart).state_dict()
     shapes = {decoder + name: tuple(tensor.shape) for name, tensor in state_dict.items() if "embed_tokens" not in name}
@@ -263,7 +259,7 @@ def _decoder_tensors(bart: BartConfig, tower: dict[str, LazyTensor], dtype: torc
     check_tensors(used, shapes, "give a Florence-2 of the same size as --vision-tower")
     # Transformers' own Florence-2 does not store the bias, which is zero.
     used |= {bias: tower[bias]} if bias in tower else {}
-    return {ORIGINAL_TOWER + name: tensor.to(dtype) for name, tensor in used.items()}
+    return {name: tensor.to(dtype) for name, tensor in used.items()}
 
 
 __all__ = ["ExportedCheckpoint", "export", "read_as_original"]

@@ -1,17 +1,18 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """An original checkpoint in this package's layout: checked from end to end, with weights that are read on demand."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LlavaImageProcessorPil, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
-from ..processing import FlorenceVLProcessor
+from ..processing import FlorenceVLProcessor, load_chat_template
 from .checkpoint_files import (
     SETTINGS_FILES,
     CheckpointError,
@@ -21,24 +22,24 @@ from .checkpoint_files import (
     resolve_checkpoint,
     write_tensors,
 )
-from .key_mapping import ORIGINAL_TOWER, TIED_WORDS, to_converted, to_original
+from .key_mapping import ORIGINAL_TOWER, TIED_WORDS, MappedName, to_converted, to_original
 from .original_adapters import apply_adapter, is_adapter
 from .original_config import (
+    ASSUMED_IMAGE_FEATURE_SOURCE,
+    PUBLIC_IMAGE_FEATURE_SOURCE,
     TowerSettings,
     check_is_florence_vl,
     text_config_from_original,
     tower_settings_from_directory,
     tower_settings_from_tensors,
 )
-from .original_processor import add_image_token, build_processor, detect_chat_template, load_original_tokenizer
+from .original_processor import add_image_token, detect_chat_template, load_original_tokenizer
 
 
 logger = logging.get_logger(__name__)
 
 # Where an original checkpoint keeps its tower after pretraining, beside the shards.
 TOWER_DIRECTORY = "vision_tower"
-# Files of a Florence-2 that are downloaded where the checkpoint has the weights.
-TOWER_CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 # Tensors with a row per token of the language model, to which `<image>` may add rows; the second may be tied.
 LM_HEAD = "lm_head.weight"
 EMBEDDING_TABLES = ("model.language_model.embed_tokens.weight", LM_HEAD)
@@ -55,7 +56,7 @@ class ConvertedCheckpoint:
     generation_config: GenerationConfig
     tensors: dict[str, LazyTensor] = field(default_factory=dict)  # by this package's names
     assumptions: list[str] = field(default_factory=list)  # sentences about what the original does not say
-    unused: list[str] = field(default_factory=list)  # names of stored tensors
+    num_unused: int = 0  # tensors of the original that the model does not have
     chat_template: str | None = None  # one of `CHAT_TEMPLATES`; `None` for the one of a converted base
     num_added_rows: int = 0  # rows of zeros at the end of the embedding tables
 
@@ -99,14 +100,13 @@ def read_original(
         config, processor = FlorenceVLConfig.from_pretrained(complete), FlorenceVLProcessor.from_pretrained(complete)
         check_tensors(stored, tensor_shapes(config))
         checkpoint = ConvertedCheckpoint(config, processor, GenerationConfig.from_pretrained(complete))
-        checkpoint.tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in stored.items()}
+        checkpoint.tensors = {name: tensor.to(dtype) for name, tensor in stored.items()}
         config.dtype = checkpoint.tensors[EMBEDDING_TABLES[0]].dtype
     else:
-        tower = None if vision_tower is None else resolve_checkpoint(vision_tower, TOWER_CONFIG_FILES)
+        tower = None if vision_tower is None else resolve_checkpoint(vision_tower, SETTINGS_FILES)
         checkpoint = _read_settings(complete, stored, tower, image_feature_source, chat_template)
         if not any(name.startswith(ORIGINAL_TOWER) for name in stored):
-            tower = resolve_checkpoint(vision_tower or complete / TOWER_DIRECTORY)
-            stored |= {ORIGINAL_TOWER + name: tensor for name, tensor in read_tower_tensors(tower).items()}
+            stored |= read_tower_tensors(resolve_checkpoint(vision_tower or complete / TOWER_DIRECTORY))
         convert_tensors(checkpoint, stored, dtype)
     if base is not None:
         checkpoint.tensors = apply_adapter(checkpoint.tensors, source)
@@ -131,21 +131,14 @@ def _read_settings(
 ) -> ConvertedCheckpoint:
     original, tower_directory = read_json(source / "config.json"), source / TOWER_DIRECTORY
     has_tower_config = (tower_directory / "config.json").is_file()
-    tower_tensors = {
-        name.removeprefix(ORIGINAL_TOWER): tensor
-        for name, tensor in (stored or {}).items()
-        if name.startswith(ORIGINAL_TOWER)
-    }
-    has_davit = has_tower_config or any(name.startswith("vision_tower.blocks.") for name in tower_tensors)
-    check_is_florence_vl(original, has_davit, source)
+    has_davit = any(name.startswith(f"{ORIGINAL_TOWER}vision_tower.blocks.") for name in stored or {})
+    check_is_florence_vl(original, has_davit or has_tower_config, source)
     if stored is not None and not stored:
         raise CheckpointError(f"{source} holds no weights; download its model-*.safetensors or pytorch_model-*.bin.")
-    if vision_tower is None and has_tower_config:
-        vision_tower = tower_directory
-    if vision_tower is None:
-        tower = tower_settings_from_tensors(tower_tensors, image_feature_source)
+    if vision_tower is not None or has_tower_config:
+        tower = tower_settings_from_directory(vision_tower or tower_directory)
     else:
-        tower = tower_settings_from_directory(vision_tower, image_feature_source)
+        tower = tower_settings_from_tensors(stored or {})
     tokenizer = load_original_tokenizer(source)
     return build_settings(
         source,
@@ -153,6 +146,7 @@ def _read_settings(
         text_config_from_original(original),
         tokenizer,
         chat_template or detect_chat_template(original["model_type"], tokenizer),
+        image_feature_source,
         do_pad=original.get("image_aspect_ratio") == "pad",  # after finetuning only
         projector_depth=int(original["mm_projector_type"].removeprefix("mlp").removesuffix("x_gelu")),
     )
@@ -164,62 +158,67 @@ def build_settings(
     text_config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     chat_template: str,
+    image_feature_source: list[str] | None,
     do_pad: bool,
     **settings: Any,
 ) -> ConvertedCheckpoint:
     """Combine a vision tower and a language model, whose directory is given and whose tokenizer gets `<image>`."""
-    num_original_rows = text_config.vocab_size
+    num_original_rows, assumptions = text_config.vocab_size, tower.assumptions
     image_token_id, text_config.vocab_size = add_image_token(tokenizer, num_original_rows)
+    image_feature_source = image_feature_source or tower.image_feature_source
+    if image_feature_source is None:
+        image_feature_source = list(PUBLIC_IMAGE_FEATURE_SOURCE)
+        assumptions = [*assumptions, ASSUMED_IMAGE_FEATURE_SOURCE]
     try:
         config = FlorenceVLConfig(
             vision_config=tower.config,
             text_config=text_config,
             image_token_id=image_token_id,
-            image_size=tower.image_size,
-            image_feature_source=tower.image_feature_source,
+            image_size=tower.images["size"]["height"],
+            image_feature_source=image_feature_source,
             architectures=[FlorenceVLForConditionalGeneration.__name__],
             **settings,
         )
     except ValueError as error:
         raise CheckpointError(f"The configuration of {directory} contradicts itself: {error}") from error
-    for assumption in tower.assumptions:
+    for assumption in assumptions:
         logger.warning(assumption)
+    size, template = tower.images["size"], load_chat_template(chat_template, tokenizer)
+    image_processor = LlavaImageProcessorPil(**tower.images, crop_size=size, do_center_crop=False, do_pad=do_pad)
     return ConvertedCheckpoint(
         config,
-        build_processor(tower, tokenizer, config.num_image_tokens, do_pad, chat_template),
+        FlorenceVLProcessor(image_processor, tokenizer, config.num_image_tokens, template),
         read_generation_config(directory, config, num_original_rows),
-        assumptions=tower.assumptions,
+        assumptions=assumptions,
         chat_template=chat_template,
         num_added_rows=text_config.vocab_size - num_original_rows,
     )
 
 
 def read_tower_tensors(directory: Path) -> dict[str, LazyTensor]:
-    """List the tensors of a Florence-2, in the layout of its first release or of Transformers."""
+    """List the tensors of a Florence-2, of its first release or of Transformers, by their names in an original."""
     # Older versions of Transformers, and the base model alone, do not save the prefix.
-    return {name.removeprefix("model."): tensor for name, tensor in read_tensors(directory).items()}
+    return {ORIGINAL_TOWER + name.removeprefix("model."): tensor for name, tensor in read_tensors(directory).items()}
 
 
 def convert_tensors(checkpoint: ConvertedCheckpoint, stored: dict[str, LazyTensor], dtype: torch.dtype | None) -> None:
     """Add the tensors of an original, given by name, to a checkpoint in the model's order, cast to `dtype`."""
     shapes = tensor_shapes(checkpoint.config)
-    mapped = {name: to for name in stored if (to := to_converted(name))}
-    known = {None, LM_HEAD, *shapes}
-    unknown = [str(tensor) for name, tensor in stored.items() if name not in mapped or mapped[name].name not in known]
+    converted = {}
     # A tied tensor may be stored under several names: the one that the key table lists first is used.
-    preferred = [ORIGINAL_TOWER + name for name in reversed(TIED_WORDS)]
-    sources = {mapped[name].name: name for name in (*mapped, *preferred) if name in mapped}
-    check_all_paired(unknown, [str(to_original(name)[0].name) for name in shapes if name not in sources])
-    for name, shape in shapes.items():
-        tensor, is_transposed = stored[sources[name]], mapped[sources[name]].transposed
-        num_rows = shape[0] - checkpoint.num_added_rows if name in EMBEDDING_TABLES else shape[0]
-        expected = (num_rows, *shape[1:])
-        check_shape(tensor, expected[::-1] if is_transposed else expected)
-        tensor = tensor.transposed() if is_transposed else tensor
-        # Rows for `<image>` and up to the next multiple of 64 are zero, so that they are the same on every machine.
-        checkpoint.tensors[name] = tensor.with_rows(shape[0]).to(dtype or tensor.dtype)
-    checkpoint.unused = sorted(stored.keys() - {sources[name] for name in shapes})
+    for name in (*stored, *(ORIGINAL_TOWER + name for name in reversed(TIED_WORDS))):
+        mapped = to_converted(name) or MappedName(f"unknown {name}", transposed=False)
+        if name in stored and mapped.name is not None:
+            converted[mapped.name] = stored[name].transposed() if mapped.transposed else stored[name]
+    stored_shapes = {
+        name: (shape[0] - checkpoint.num_added_rows, *shape[1:]) if name in EMBEDDING_TABLES else shape
+        for name, shape in shapes.items()
+    }
+    check_tensors(converted, stored_shapes, name_of=lambda name: str(to_original(name)[0].name))
+    # Rows for `<image>` and up to the next multiple of 64 are zero, so that they are the same on every machine.
+    checkpoint.tensors = {name: converted[name].with_rows(shape[0]).to(dtype) for name, shape in shapes.items()}
     checkpoint.config.dtype = checkpoint.tensors[EMBEDDING_TABLES[0]].dtype
+    checkpoint.num_unused = len(stored) - len(shapes)
 
 
 def tensor_shapes(config: FlorenceVLConfig) -> dict[str, tuple[int, ...]]:
@@ -231,31 +230,25 @@ def tensor_shapes(config: FlorenceVLConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(
-    tensors: dict[str, LazyTensor], shapes: dict[str, tuple[int, ...]], remedy: str = "save the model again"
+    tensors: dict[str, LazyTensor],
+    shapes: dict[str, tuple[int, ...]],
+    remedy: str = "download all of its files again",
+    name_of: Callable[[str], str] = str,
 ) -> None:
-    """Refuse tensors that do not have exactly these names and shapes."""
-    unknown = [str(tensor) for name, tensor in tensors.items() if name not in (*shapes, LM_HEAD)]
-    check_all_paired(unknown, [name for name in shapes if name not in tensors])
-    for name, shape in shapes.items():
-        check_shape(tensors[name], shape, remedy)
-
-
-def check_shape(tensor: LazyTensor, expected: tuple[int, ...], remedy: str = "download both again") -> None:
-    """Refuse a tensor of another shape than the configuration gives it."""
-    if tensor.shape != expected:
-        raise CheckpointError(
-            f"{tensor} has shape {tensor.shape}, expected {expected} from the configuration; {remedy}."
-        )
-
-
-def check_all_paired(unknown: list[str], missing: list[str]) -> None:
-    """Refuse a checkpoint with unknown or missing tensors, and name them."""
-    problems = {"that nothing uses": unknown, "that are missing": missing}
+    """Refuse tensors that do not have exactly these names and shapes. A head that is tied may be stored."""
+    unused = [str(tensor) for name, tensor in tensors.items() if name not in shapes and name != LM_HEAD]
+    missing = [name_of(name) for name in shapes if name not in tensors]
+    problems = {"that nothing uses": unused, "that are missing": missing}
     if found := [f"{len(names)} {problem}: {', '.join(names[:5])}" for problem, names in problems.items() if names]:
         raise CheckpointError(
-            f"The checkpoint does not match its configuration: there are tensors, {'; '.join(found)}. Download all of "
-            f"its files again; if they are complete, this kind of checkpoint is not supported."
+            f"The checkpoint does not match its configuration: there are tensors, {'; '.join(found)}. If all files "
+            f"are complete, this kind of checkpoint is not supported; else {remedy}."
         )
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise CheckpointError(
+                f"{tensors[name]} has shape {tensors[name].shape}, expected {shape} from the configuration; {remedy}."
+            )
 
 
 def read_generation_config(source: Path, config: FlorenceVLConfig, num_original_rows: int) -> GenerationConfig:

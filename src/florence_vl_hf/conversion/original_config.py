@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, Florence2Config, PreTrainedConfig
+from transformers import CONFIG_MAPPING, Florence2Config, Florence2VisionConfig, PreTrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..modeling import FlorenceVLConfig
 from .checkpoint_files import CheckpointError, LazyTensor, read_json
-from .key_mapping import TIED_WORDS
+from .key_mapping import ORIGINAL_TOWER, TIED_WORDS
 
 
 # LLaVA forks name their model types after the language model.
@@ -41,28 +41,27 @@ DAVIT_FIELDS |= {name: name for name in ("num_heads", "num_groups", "window_size
 TEMPORAL_EMBEDDING, POSITION_EMBEDDING = {"type": "COSINE"}, {"type": "learned_abs_2d"}
 
 # Settings of public Florence-2 models that cannot be inferred from their weights.
-PUBLIC_IMAGE_SIZE = FlorenceVLConfig.image_size
 PUBLIC_IMAGE_FEATURE_SOURCE = FlorenceVLConfig.image_feature_source
-# What is said where a checkpoint lacks them. A model card shows these sentences, so they contain no local path.
-ASSUMED_IMAGE_SIZE = (
-    f"The vision tower has no preprocessor_config.json: images of {PUBLIC_IMAGE_SIZE} x {PUBLIC_IMAGE_SIZE} are "
-    f"assumed, as in public Florence-2."
-)
+PUBLIC_IMAGES = {
+    "size": {"height": FlorenceVLConfig.image_size, "width": FlorenceVLConfig.image_size},
+    "image_mean": IMAGENET_DEFAULT_MEAN,
+    "image_std": IMAGENET_DEFAULT_STD,
+}
+# What is said where they are assumed. A model card shows these sentences, so they contain no local path.
+ASSUMED_IMAGE_SIZE = "The vision tower sets no size of images: 768 x 768 is assumed, as in public Florence-2."
 ASSUMED_IMAGE_FEATURE_SOURCE = (
-    f"The vision tower does not set image_feature_source: {','.join(PUBLIC_IMAGE_FEATURE_SOURCE)} is assumed, as in "
-    f"public Florence-2 (577 tokens for 768 x 768; the paper counts 576). Override it with --image-feature-source."
+    "The vision tower does not set image_feature_source: spatial_avg_pool,temporal_avg_pool is assumed, as in public "
+    "Florence-2 (577 tokens for 768 x 768; the paper counts 576). Override it with --image-feature-source."
 )
 
 
 @dataclass(frozen=True)
 class TowerSettings:
-    """Configuration and image settings of a Florence-2, and what had to be assumed about them."""
+    """Configuration of a Florence-2, settings of its image processor, and what had to be assumed about it."""
 
     config: Florence2Config
-    image_feature_source: list[str]
-    image_size: int
-    image_mean: list[float]
-    image_std: list[float]
+    image_feature_source: list[str] | None
+    images: dict[str, Any]  # with the keys of `PUBLIC_IMAGES`
     assumptions: list[str]  # sentences
 
 
@@ -96,7 +95,7 @@ def own_fields(config_class: type[PreTrainedConfig]) -> list[str]:
     return [field.name for field in fields(config_class) if field.name not in common]
 
 
-def tower_settings_from_directory(directory: Path, image_feature_source: list[str] | None = None) -> TowerSettings:
+def tower_settings_from_directory(directory: Path) -> TowerSettings:
     """Read the settings of a Florence-2, in the layout of its first release or of Transformers."""
     path = directory / "config.json"
     raw = read_json(path)
@@ -109,13 +108,19 @@ def tower_settings_from_directory(directory: Path, image_feature_source: list[st
         config = Florence2Config(vision_config=_davit_from_first_release(davit), text_config=bart)
     else:
         config = Florence2Config.from_dict(raw)
-    images = directory / "preprocessor_config.json"
-    if images.exists():
-        settings = read_json(images)
-    else:  # Transformers 5 saves the image settings within those of the processor
-        processor = directory / "processor_config.json"
-        settings = read_json(processor).get("image_processor", {}) if processor.exists() else {}
-    return _complete(config, image_feature_source or davit.get("image_feature_source"), settings)
+    # Transformers 5 saves the image settings within those of the processor.
+    files = (directory / name for name in ("preprocessor_config.json", "processor_config.json"))
+    images: dict[str, Any] = next((read_json(file) for file in files if file.exists()), {})
+    images = images.get("image_processor", images)
+    size = images.get("size", PUBLIC_IMAGES["size"])
+    if not isinstance(size, dict) or size.get("height") is None or size.get("height") != size.get("width"):
+        raise CheckpointError(f"{directory} has images of size {size}, expected a square of `height` and `width`.")
+    return TowerSettings(
+        config,
+        davit.get("image_feature_source"),
+        {name: images.get(name, value) for name, value in PUBLIC_IMAGES.items()},
+        [] if "size" in images else [ASSUMED_IMAGE_SIZE],
+    )
 
 
 def is_first_release(raw: dict[str, Any]) -> bool:
@@ -134,31 +139,9 @@ def _davit_from_first_release(davit: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _complete(
-    config: Florence2Config, image_feature_source: list[str] | None, images: dict[str, Any], *assumptions: str
-) -> TowerSettings:
-    """Add the settings of images, or those of public Florence-2 models."""
-    if not image_feature_source:
-        assumptions += (ASSUMED_IMAGE_FEATURE_SOURCE,)
-    if "size" not in images:
-        assumptions += (ASSUMED_IMAGE_SIZE,)
-    size = images.get("size", {"height": PUBLIC_IMAGE_SIZE, "width": PUBLIC_IMAGE_SIZE})
-    if not isinstance(size, dict) or size.get("height") is None or size.get("height") != size.get("width"):
-        raise CheckpointError(f"The vision tower has images of size {size}, expected equal `height` and `width`.")
-    return TowerSettings(
-        config,
-        image_feature_source or list(PUBLIC_IMAGE_FEATURE_SOURCE),
-        image_size=size["height"],
-        image_mean=images.get("image_mean", IMAGENET_DEFAULT_MEAN),
-        image_std=images.get("image_std", IMAGENET_DEFAULT_STD),
-        assumptions=list(assumptions),
-    )
-
-
-def tower_settings_from_tensors(
-    tensors: dict[str, LazyTensor], image_feature_source: list[str] | None = None
-) -> TowerSettings:
-    """Infer the settings of a Florence-2 from its tensors, with first-release names, and assume the rest."""
+def tower_settings_from_tensors(stored: dict[str, LazyTensor]) -> TowerSettings:
+    """Infer the settings of a Florence-2 from the tensors of an original checkpoint, and assume the rest."""
+    tensors = {name.removeprefix(ORIGINAL_TOWER): tensor for name, tensor in stored.items()}
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in tensors:
@@ -207,10 +190,10 @@ def tower_settings_from_tensors(
     )
     assumption = (
         f"The vision tower has no config.json: its widths {embed_dim} and depths are inferred from the weights. Heads "
-        f"{num_heads} in DaViT and {encoder_heads} in the encoder, and windows of {config.vision_config.window_size}, "
+        f"{num_heads} in DaViT and {encoder_heads} in the encoder and windows of {Florence2VisionConfig.window_size} "
         f"are assumed, as in public Florence-2. For any other tower, give its directory as --vision-tower."
     )
-    return _complete(config, image_feature_source, {}, assumption)
+    return TowerSettings(config, None, PUBLIC_IMAGES, [assumption, ASSUMED_IMAGE_SIZE])
 
 
 def text_config_to_original(config: PreTrainedConfig) -> tuple[dict[str, Any], list[str]]:
