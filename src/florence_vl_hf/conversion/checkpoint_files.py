@@ -18,18 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import _TYPES as SAFETENSORS_DTYPES
 from safetensors.torch import save_file
 from tqdm import tqdm
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 
 # Files of a Hub repository that are downloaded to read a checkpoint, without and with its weights.
 SETTINGS_FILES = ("*.json", "*.model", "*.txt")
 CHECKPOINT_FILES = (*SETTINGS_FILES, "*.safetensors", "*.bin")
 # Names that Transformers gives to weights, in order of preference: an index, or a single file.
-WEIGHT_FILES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
+WEIGHT_FILES = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
 # Rows of a table that are read at once while it is cut or padded: 128 MiB of Llama-3.1-8B's.
 ROWS_PER_CHUNK = 2**14
 # Bytes that are read from a PyTorch file before it is reopened. Pages of a mapped file count as memory until then.
@@ -137,10 +133,10 @@ def read_tensor_file(path: Path) -> dict[str, LazyTensor]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 view = file.get_slice(name)
-                dtype = SAFETENSORS_DTYPES.get(view.get_dtype())
-                if dtype is None:
-                    raise CheckpointError(f"{name} in {path.name} has the unsupported dtype {view.get_dtype()}.")
-                tensors[name] = LazyTensor(name, path, dtype, tuple(view.get_shape()), partial(load, name))
+                dtype, shape = SAFETENSORS_DTYPES[view.get_dtype()], tuple(view.get_shape())
+                tensors[name] = LazyTensor(name, path, dtype, shape, partial(load, name))
+    except KeyError as error:
+        raise CheckpointError(f"{path.name} has tensors of the unsupported dtype {error}.") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path.name} is damaged or incomplete ({error}); download it again.") from error
     return tensors
