@@ -26,22 +26,15 @@ def check_data(
     report: Annotated[Path | None, Option(help="Write every problem to this .jsonl file.")] = None,
 ) -> None:
     """Check all conversations and images before training. The exit code is 1 if there are problems."""
-    from ..conversion import is_original, read_original
-    from ..processing import FlorenceVLProcessor
+    from ..conversion import load_processor
     from ..training import check_data as checks
     from ..training import load_conversations
 
     if chat_template is not None and model is None:
         raise typer.BadParameter("It requires the tokenizer of a --model.", param_hint="--chat-template")
-    if model is None:
-        processor = None
-    elif is_original(model):
-        processor = read_original(model).processor
-    else:
-        processor = FlorenceVLProcessor.from_pretrained(model)
     result = checks.check_data(
         load_conversations(file, image_folder, split),
-        processor,
+        None if model is None else load_processor(model),
         max_length=max_length,
         chat_template=chat_template,
         num_workers=workers,
