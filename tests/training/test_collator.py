@@ -85,18 +85,6 @@ class TestBatch:
             alone = [model(**collate([example]), num_items_in_batch=1).loss for example in samples]
         assert_close(total, sum(alone), rtol=1e-5, atol=1e-4)
 
-    def test_prompts_end_where_the_answer_begins(self, golden, processor):
-        collate = FlorenceVLCollator(processor)
-        samples = [sample(golden, 1), sample(golden, 0, answer="None at all.")]
-        inputs, answers = collate.prompts(samples)
-        assert answers == ["A fox.", "None at all."]
-        for n, example in enumerate(samples):
-            complete = collate([example])
-            start = int((complete["labels"][0] != -100).nonzero()[0])
-            prompt = inputs["input_ids"][n][inputs["attention_mask"][n].bool()]
-            assert prompt.tolist() == complete["input_ids"][0, :start].tolist()
-        assert inputs["attention_mask"][:, -1].all()
-
 
 class TestMaxLength:
     def test_text_is_truncated(self, golden, processor):

@@ -9,7 +9,7 @@ import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from florence_vl_hf.training import data_loading
-from florence_vl_hf.training.data_loading import ConversationFileError, load_conversations, with_lengths
+from florence_vl_hf.training.data_loading import ConversationFileError, load_conversations
 from florence_vl_hf.training.samples import Problem, SampleError, to_messages
 
 from .conversations import chat, llava, texts, write
@@ -190,7 +190,7 @@ class TestDatasets:
 
     def check(self, samples: datasets.Dataset) -> None:
         assert samples["id"][:] == ["#1", "#2"]
-        assert {"id", "messages", "images", "problem", "problem_message"} == set(samples.column_names)
+        assert {"id", "messages", "images", "length", "problem", "problem_message"} == set(samples.column_names)
         assert texts(to_messages(samples[0]))[0] == ("user", ["8x6", "8x6", "What?"])
         assert texts(to_messages(samples[1]))[0] == ("user", ["Hi"])
 
@@ -260,28 +260,19 @@ class TestLengths:
         samples = [llava("word " * n, "word " * n) for n in (1, 3000, 5)]
         samples += [llava("<image>" * n, "Red.", image=["a.png"] * n) for n in (1, 3)]
         samples += [llava("<image>", "word " * 2000, image="a.png")]
-        loaded = with_lengths(load_conversations(write(image_folder, [*samples, {}])))
+        loaded = load_conversations(write(image_folder, [*samples, {}]))
         by_length = sorted(loaded, key=lambda sample: sample["length"])
-        assert [len(sample["images"]) for sample in by_length] == [0, 0, 0, 0, 1, 3, 1]
-        updated = with_lengths(loaded, tokens_per_image=5000)
-        assert [len(sample["images"]) for sample in sorted(updated, key=lambda sample: sample["length"])] == [
-            0,
-            0,
-            0,
-            0,
-            1,
-            1,
-            3,
-        ]
-        assert updated.column_names.count("length") == 1
-        assert with_lengths(updated)["length"][:] == loaded["length"][:]
+        assert [sample["id"] for sample in by_length] == ["#7", "#1", "#3", "#2", "#4", "#6", "#5"]
 
-    def test_are_not_computed_on_loading(self, image_folder):
-        assert "length" not in load_conversations(write(image_folder, [llava("Hi")])).column_names
+    def test_images_of_a_dataset_count(self, image_folder):
+        samples = [chat("What?" * 9, images=[]), chat("What?", images=[str(image_folder / "a.png")])]
+        dataset = datasets.Dataset.from_list(samples).cast_column("images", datasets.List(datasets.Image()))
+        lengths = load_conversations(dataset)["length"][:]
+        assert 0 < lengths[0] < lengths[1]
 
     def test_the_trainers_sampler_makes_batches_of_one_modality(self, image_folder):
         samples = [llava(f"<image> {i}", image="a.png") if i % 3 else llava("word " * i) for i in range(96)]
-        lengths = with_lengths(load_conversations(write(image_folder, samples)))["length"][:]
+        lengths = load_conversations(write(image_folder, samples))["length"][:]
         generator = torch.Generator().manual_seed(0)
         order = list(LengthGroupedSampler(4, lengths=lengths, generator=generator))
         mixed = sum(len({i % 3 > 0 for i in order[start : start + 4]}) > 1 for start in range(0, 96, 4))

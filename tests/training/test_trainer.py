@@ -11,7 +11,7 @@ from florence_vl_hf.training import (
     FlorenceVLTrainingArguments,
     load_conversations,
     set_trainable,
-    with_lengths,
+    to_messages,
 )
 from florence_vl_hf.training.stages import part_of
 from florence_vl_hf.training.trainer import exact_match
@@ -148,32 +148,50 @@ class TestLogits:
 
 class TestEvaluation:
     def separate_answers(self, trainer, samples) -> list[str]:
-        """Answers of the model to one sample at a time."""
+        """Answers of the model to one sample at a time, without labels or padding."""
         answers = []
         for sample in samples:
-            inputs, _ = trainer.data_collator.prompts([sample])
+            inputs = trainer.processing_class.apply_chat_template(
+                to_messages(sample)[:-1],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
             output_ids = trainer.model.generate(**inputs, max_new_tokens=5, do_sample=False)
             new_ids = output_ids[0, inputs["input_ids"].shape[1] :]
             answers.append(trainer.processing_class.decode(new_ids, skip_special_tokens=True))
         return answers
 
-    def test_answers_of_a_batch_are_those_of_single_questions(self, converted, processor, tmp_path, samples):
+    @pytest.mark.parametrize("batch_size", [3, 8])
+    def test_answers_are_those_of_single_questions(self, converted, processor, tmp_path, samples, batch_size):
+        settings = {"predict_with_generate": True, "generation_max_new_tokens": 5}
         trainer = make_trainer(
-            converted, processor, tmp_path, samples, predict_with_generate=True, generation_max_new_tokens=5
+            converted, processor, tmp_path, samples, per_device_eval_batch_size=batch_size, **settings
         )
         expected = self.separate_answers(trainer, samples)
-        answers, references = trainer.generate_answers(samples)
-        assert answers == expected
-        assert references == [sample["messages"][-1]["content"][0]["text"] for sample in samples]
+        measured = []
 
         def answered_as_expected(answers: list[str], references: list[str]) -> dict[str, float]:
+            measured.append((answers, references))
             return exact_match(answers, [*expected[:-2], "no", "no"])
 
         trainer.answer_metric = answered_as_expected
-        measured = trainer.evaluate()
-        assert measured["eval_exact_match"] == 0.75
-        assert measured["eval_loss"] > 0
+        metrics = trainer.evaluate()
+        assert measured == [(expected, [sample["messages"][-1]["content"][0]["text"] for sample in samples])]
+        assert metrics["eval_exact_match"] == 0.75
+        assert metrics["eval_loss"] > 0
         assert trainer.state.log_history[-1]["eval_exact_match"] == 0.75
+
+    def test_broken_samples_have_no_answer(self, converted, processor, tmp_path, samples):
+        broken = samples.select([0, 1]).map(lambda sample: {"images": ["nowhere.png"]})
+        samples = datasets.concatenate_datasets([broken, samples.select([2]), broken])
+        settings = {"predict_with_generate": True, "generation_max_new_tokens": 2, "per_device_eval_batch_size": 2}
+        trainer = make_trainer(converted, processor, tmp_path, samples, on_error="skip", **settings)
+        trainer.answer_metric = lambda answers, references: {"answers": len(answers), "references": len(references)}
+        metrics = trainer.evaluate()
+        assert (metrics["eval_answers"], metrics["eval_references"]) == (1, 1)
+        assert trainer.total_skipped() == 4
 
     @pytest.mark.parametrize("returned", [0.5, None, {"accuracy": "high"}, {"accuracy": {"a": 1}}])
     def test_a_metric_without_a_dict_of_floats(self, converted, processor, tmp_path, samples, returned):
@@ -217,7 +235,7 @@ class TestBrokenSamples:
 
 @pytest.mark.slow
 def test_grouping_separates_samples_with_and_without_images(converted, processor, tmp_path, samples):
-    grouped = with_lengths(datasets.concatenate_datasets([samples] * 50), processor.num_image_tokens)
+    grouped = datasets.concatenate_datasets([samples] * 50)
     has_images = [bool(images) for images in grouped["images"]]
     trainer = make_trainer(
         converted,

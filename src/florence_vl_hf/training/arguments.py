@@ -2,7 +2,6 @@
 """Settings of a training run, and recipes: YAML files of such settings."""
 
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
@@ -201,22 +200,14 @@ def parse_recipe(recipe: dict[str, Any]) -> tuple[ModelArguments, DataArguments,
 def _convert(name: str, value: Any) -> Any:
     """Convert a value to the type of a setting where that loses nothing, and refuse any other."""
     expected = SETTINGS[name].annotation
-    for candidate in _interpretations(name, value):
+    # A number or a boolean may be in quotes.
+    parsed = _parse_yaml(value, name) if isinstance(value, str) else value
+    of_number = [float(parsed), str(parsed)] if type(parsed) in (int, float) else []
+    for candidate in (value, parsed, *of_number, [value]):
         with suppress(TypeError):
             type_validator(name, candidate, expected)
             return candidate
     raise ValueError(f"Got `{name}: {value!r}`, expected {formatannotation(expected)}.")
-
-
-def _interpretations(name: str, value: Any) -> Iterator[Any]:
-    yield value
-    if isinstance(value, str):  # a number or a boolean in quotes
-        value = _parse_yaml(value, name)
-        yield value
-    if type(value) in (int, float):
-        yield float(value)
-        yield str(value)
-    yield [value]
 
 
 def describe_settings() -> str:

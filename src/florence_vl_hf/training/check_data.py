@@ -4,12 +4,10 @@
 import copy
 import json
 import os
-from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -171,35 +169,31 @@ def _find_problems(
             open_image(image)
         except SampleError as error:
             yield error
-    has_text = any(item["text"].strip() for answer in answers for item in answer)
-    if not has_text:
+    if not any(item["text"].strip() for answer in answers for item in answer):
         yield SampleError("No answer has any text; remove the sample.", Problem.NOTHING_TO_LEARN)
+        return
     if collator is None:
         return
     blank_images = [Image.new("RGB", (1, 1))] * len(images)
     encoded = collator.encode({**sample, "images": blank_images}, **UNPROCESSED)
-    ids, labels = encoded["input_ids"].tolist(), encoded["labels"].tolist()
-    check.num_tokens = len(ids)
+    labels = encoded["labels"].tolist()
+    check.num_tokens = len(labels)
     limit = f"{max_length:,} tokens; increase max_length, or remove the sample."
-    if collator.processor.image_token_id in ids[max_length:]:
+    if collator.processor.image_token_id in encoded["input_ids"][max_length:]:
         yield SampleError(f"Its images do not fit into {limit}", Problem.IMAGES_TOO_LONG)
-    elif len(ids) > max_length:
-        yield SampleError(f"It has {len(ids):,} tokens, and is truncated to {limit}", Problem.TOO_LONG)
-    if has_text and set(labels) == {IGNORED_LABEL}:
+    elif len(labels) > max_length:
+        yield SampleError(f"It has {len(labels):,} tokens, and is truncated to {limit}", Problem.TOO_LONG)
+    if set(labels) == {IGNORED_LABEL}:
         reason = "The chat template has no {% generation %} around the answers; use one that has."
         yield SampleError(reason, Problem.NOTHING_TO_LEARN)
-    elif has_text and set(labels[:max_length]) == {IGNORED_LABEL}:
+    elif set(labels[:max_length]) == {IGNORED_LABEL}:
         yield SampleError(f"Its first answer begins after {limit}", Problem.NOTHING_TO_LEARN)
-
-
-def _sum(counter: Counter[int]) -> int:
-    return sum(value * count for value, count in counter.items())
 
 
 def format_report(report: DataReport) -> str:
     """Format a report for a terminal."""
     num_parsed, num_without = report.turns.total(), report.images[0]
-    num_turns, num_images = _sum(report.turns), _sum(report.images)
+    num_turns, num_images = (sum(counter.elements()) for counter in (report.turns, report.images))
     unreadable = f", {report.num_samples - num_parsed:,} unreadable" if num_parsed < report.num_samples else ""
     lines = [
         f"{report.num_samples:,} samples: {num_parsed - num_without:,} with images ({num_images:,} images), "
@@ -213,17 +207,16 @@ def format_report(report: DataReport) -> str:
             if count > len(messages):
                 lines.append(f"  … and {count - len(messages):,} more")
     note = "Lengths were not counted; set --model to count them with the model's tokenizer."
-    if num_counted := report.lengths.total():
-        lengths = sorted(report.lengths)
-        ranks = list(accumulate(report.lengths[length] for length in lengths))
-        values = {"mean": _sum(report.lengths) / num_counted}
-        for name, share in QUANTILES.items():
-            values[name] = lengths[bisect_right(ranks, round(share * (num_counted - 1)))]
-        formatted = ", ".join(f"{name} {value:,.0f}" for name, value in values.items())
-        note = f"Tokens per sample: {formatted}; max_length is {report.max_length:,}."
-    lines += ["", note, ""]
+    if lengths := sorted(report.lengths.elements()):
+        values = {name: lengths[round(share * (len(lengths) - 1))] for name, share in QUANTILES.items()}
+        formatted = ", ".join(f"{name} {value:,}" for name, value in values.items())
+        note = (
+            f"Tokens per sample: mean {sum(lengths) / len(lengths):,.0f}, {formatted}; "
+            f"max_length is {report.max_length:,}."
+        )
     broken = f"{report.num_broken:,} of {report.num_samples:,} samples have problems."
-    return "\n".join([*lines, f"All {report.num_samples:,} samples are valid." if report.is_sound else broken])
+    lines += ["", note, "", f"All {report.num_samples:,} samples are valid." if report.is_sound else broken]
+    return "\n".join(lines)
 
 
 __all__ = ["DataReport", "SampleCheck", "check_data", "format_report"]

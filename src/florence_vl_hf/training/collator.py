@@ -2,8 +2,7 @@
 """Padded batches of conversations, with labels on the assistant's answers."""
 
 import multiprocessing
-from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -19,7 +18,6 @@ IGNORED_LABEL = -100
 
 # What to do with a broken sample: skip and count it, or raise its error.
 OnError = Literal["skip", "raise"]
-T = TypeVar("T")
 
 
 class FlorenceVLCollator:
@@ -67,7 +65,17 @@ class FlorenceVLCollator:
         tokenizer = self.processor.tokenizer
         token = {"input_ids": tokenizer.eos_token_id, "attention_mask": 1, "labels": IGNORED_LABEL}
         padding = {**token, "input_ids": tokenizer.pad_token_id, "attention_mask": 0}
-        encoded = self._read(samples, self.encode) or [{name: torch.tensor([i]) for name, i in token.items()}]
+        encoded = []
+        for sample in samples:
+            try:
+                encoded.append(self.encode(sample))
+            except SampleError as error:
+                if self.on_error == "raise":
+                    raise
+                with self._num_skipped.get_lock():
+                    self._num_skipped.value += 1
+                logger.warning(f"Skipping a broken sample. {error}")
+        encoded = encoded or [{name: torch.tensor([i]) for name, i in token.items()}]
         batch = {
             name: pad_sequence([sample[name] for sample in encoded], batch_first=True, padding_value=value)
             for name, value in padding.items()
@@ -75,28 +83,6 @@ class FlorenceVLCollator:
         if pixel_values := [sample["pixel_values"] for sample in encoded if "pixel_values" in sample]:
             batch["pixel_values"] = torch.cat(pixel_values)
         return batch
-
-    def prompts(self, samples: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[str]]:
-        """
-        Build the prompts of samples up to their last answers, for evaluation with `generate`.
-
-        Returns:
-            `tuple[dict[str, torch.Tensor], list[str]]`: The inputs of `generate`, padded on the left, and the last
-            answers. Both are empty if all samples are broken.
-        """
-        conversations = self._read(samples, to_messages)
-        if not conversations:
-            return {}, []
-        inputs = self.processor.apply_chat_template(
-            [messages[:-1] for messages in conversations],
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        )
-        answers = ["".join(item["text"] for item in messages[-1]["content"]) for messages in conversations]
-        return dict(inputs), answers
 
     def encode(self, sample: dict[str, Any], **images_kwargs: Any) -> dict[str, torch.Tensor]:
         """Encode one sample as a batch without its first dimension, or raise its `SampleError`."""
@@ -119,19 +105,6 @@ class FlorenceVLCollator:
         features = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
         features = {name: values[: self.max_length] for name, values in features.items()}
         return features | ({"pixel_values": encoded["pixel_values"]} if "pixel_values" in encoded else {})
-
-    def _read(self, samples: list[dict[str, Any]], read: Callable[[dict[str, Any]], T]) -> list[T]:
-        results = []
-        for sample in samples:
-            try:
-                results.append(read(sample))
-            except SampleError as error:
-                if self.on_error == "raise":
-                    raise
-                with self._num_skipped.get_lock():
-                    self._num_skipped.value += 1
-                logger.warning(f"Skipping a broken sample. {error}")
-        return results
 
 
 __all__ = ["IGNORED_LABEL", "FlorenceVLCollator", "OnError"]

@@ -1,14 +1,11 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Transformers' `Trainer` with learning rates per part of the model, and generated answers in evaluation."""
 
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
@@ -86,27 +83,20 @@ class FlorenceVLTrainer(Trainer):
             raise ValueError("Got `predict_with_generate` with ZeRO-3, which is not supported; use ZeRO-2 or FSDP2.")
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As in `Trainer`, with parameter groups by part of the model if a part has its own learning rate."""
+        """As in `Trainer`, with parameter groups of their own for parts of the model with their own learning rates."""
+        is_given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if is_given:
+            return optimizer
         rates = {"projector": self.args.projector_learning_rate, "vision_tower": self.args.vision_tower_learning_rate}
-        if any(rate is not None for rate in rates.values()) and self.optimizer_cls_and_kwargs is None:
-            model = self.model if model is None else model
-            decayed = set(self.get_decay_parameter_names(model))
-            parameters = defaultdict(list)
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    parameters[part_of(name), name in decayed].append(parameter)
-            groups = [
-                {
-                    "params": of_group,
-                    "weight_decay": self.args.weight_decay if is_decayed else 0.0,
-                    "lr": self.args.learning_rate if rates.get(part) is None else rates[part],
-                }
-                for (part, is_decayed), of_group in parameters.items()
-            ]
-            optimizer_cls, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
-            # Some optimizers have parameter groups of their own.
-            self.optimizer_cls_and_kwargs = (optimizer_cls, {"params": groups, **optimizer_kwargs})
-        return super().create_optimizer(model)
+        model = self.model if model is None else model
+        part_rates = {parameter: rates.get(part_of(name)) for name, parameter in model.named_parameters()}
+        for group in list(optimizer.param_groups):
+            for rate in {part_rates[parameter] for parameter in group["params"]} - {None}:
+                own = [parameter for parameter in group["params"] if part_rates[parameter] == rate]
+                group["params"] = [parameter for parameter in group["params"] if part_rates[parameter] != rate]
+                optimizer.add_param_group({**group, "params": own, "lr": rate})
+        return optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
         """As in `Trainer`, without another step when a run that had ended is resumed."""
@@ -130,12 +120,14 @@ class FlorenceVLTrainer(Trainer):
             inputs = {**inputs, **learned_positions(inputs["labels"])}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As in `Trainer`; with `predict_with_generate`, also generate answers and measure them."""
-        output = super().evaluation_loop(dataloader, *args, **kwargs)
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As in `Trainer`; with `predict_with_generate`, also measure generated answers."""
+        self._answers: list[tuple[str, str]] = []
+        output = super().evaluation_loop(*args, **kwargs)
         if not self.args.predict_with_generate:
             return output
-        measured = self.answer_metric(*self.generate_answers(dataloader.dataset))
+        answers, references = [answer for answer, _ in self._answers], [reference for _, reference in self._answers]
+        measured = self.answer_metric(answers, references)
         prefix = kwargs.get("metric_key_prefix", "eval")
         try:
             # Logs cannot hold the floats of numpy or torch.
@@ -144,42 +136,51 @@ class FlorenceVLTrainer(Trainer):
             raise ValueError(f"The answer metric returned {measured!r}, expected a dict of floats.") from error
         return output._replace(metrics={**(output.metrics or {}), **metrics})
 
-    def generate_answers(self, dataset: Any) -> tuple[list[str], list[str]]:
+    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; with `predict_with_generate`, also generate answers, and gather those of all processes."""
+        if self.args.predict_with_generate:
+            answers: list[Any] = self.generate_answers(inputs)
+            # Equally many in every process: those of samples that pad the last batch are dropped by position.
+            answers += [None] * (self.args.eval_batch_size - len(answers))
+            self._answers += filter(None, self.accelerator.gather_for_metrics(answers, use_gather_object=True))
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def generate_answers(self, inputs: dict[str, torch.Tensor]) -> list[tuple[str, str]]:
         """
-        Generate an answer to the last question of each sample, greedily. The processes share the samples.
+        Generate the last answer of each sample of a batch, greedily.
 
         Args:
-            dataset (`datasets.Dataset` or any sequence): Samples with conversations.
+            inputs (`dict[str, torch.Tensor]`): A batch of the collator. Rows without labels are left out.
 
         Returns:
-            `tuple[list[str], list[str]]`: Generated answers and references, without those of broken samples.
+            `list[tuple[str, str]]`: Generated answers and references.
         """
         model, processor = self.accelerator.unwrap_model(self.model).eval(), self.data_collator.processor
-        pairs: list[tuple[str, str]] = []
-        # All processes generate equally often: where weights are sharded, they wait for each other.
-        num_samples = self.args.eval_batch_size * self.args.world_size
-        for start in tqdm(range(0, len(dataset), num_samples), "Answering", disable=self.args.disable_tqdm):
-            stop = min(start + num_samples, len(dataset))
-            indices = range(start + self.args.process_index, stop, self.args.world_size)
-            inputs, references = self.data_collator.prompts([dataset[i] for i in indices])
-            if not references:
-                inputs = {"input_ids": torch.tensor([[processor.tokenizer.eos_token_id]])}
-            inputs = self._prepare_inputs(inputs)
-            with self.compute_loss_context_manager():
-                output_ids = model.generate(
-                    **inputs,
-                    max_new_tokens=self.args.generation_max_new_tokens,
-                    do_sample=False,
-                    use_cache=True,
-                    # Transformers detects that weights are sharded by ZeRO-3, but not by FSDP2.
-                    synced_gpus=self.is_fsdp_enabled,
-                )
-            new_ids = output_ids[:, inputs["input_ids"].shape[1] :]
-            pairs += zip(
-                processor.batch_decode(new_ids, skip_special_tokens=True), references, strict=bool(references)
+        inputs = self._prepare_inputs(inputs)
+        prompts, references = [], []
+        for input_ids, labels in zip(inputs["input_ids"], inputs["labels"], strict=True):
+            is_answer = labels != IGNORED_LABEL
+            starts = 1 + (is_answer[1:] & ~is_answer[:-1]).nonzero().flatten()
+            start = int(starts[-1]) if len(starts) else len(labels)
+            prompts.append(input_ids[:start])
+            references.append(labels[start:][is_answer[start:]])
+        prompt_ids = pad_sequence(prompts, True, processor.tokenizer.pad_token_id, padding_side="left")
+        with self.compute_loss_context_manager():
+            output_ids = model.generate(
+                input_ids=prompt_ids,
+                attention_mask=pad_sequence(list(map(torch.ones_like, prompts)), True, padding_side="left"),
+                **{name: value for name, value in inputs.items() if name == "pixel_values"},
+                max_new_tokens=self.args.generation_max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                # Transformers detects that weights are sharded by ZeRO-3, but not by FSDP2.
+                synced_gpus=self.is_fsdp_enabled,
             )
-        pairs = gather_object(pairs)
-        return [answer for answer, _ in pairs], [reference for _, reference in pairs]
+        decoded = (
+            processor.batch_decode(ids, skip_special_tokens=True)
+            for ids in (output_ids[:, prompt_ids.shape[1] :], references)
+        )
+        return [(answer, text) for answer, text, ids in zip(*decoded, references, strict=True) if len(ids)]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `Trainer`, with the number of broken samples that this process skipped."""

@@ -25,7 +25,7 @@ from .adapters import lora_config, quantization_config
 from .arguments import DataArguments, FlorenceVLTrainingArguments, ModelArguments, parse_recipe
 from .checkpoints import last_complete_checkpoint
 from .collator import FlorenceVLCollator
-from .data_loading import load_conversations, with_lengths
+from .data_loading import load_conversations
 from .samples import SampleError
 from .stages import STAGES, count_trained, log_trained, set_trainable
 from .trainer import AnswerMetric, FlorenceVLTrainer, exact_match
@@ -63,10 +63,6 @@ def train(recipe: dict[str, Any]) -> dict[str, float]:
     with args.main_process_first(desc="reading the data"):
         train_dataset, eval_datasets = load_datasets(data_arguments)
     model, processor = load_model(model_arguments, data_arguments, args)
-    if args.train_sampling_strategy == "group_by_length":
-        with args.main_process_first(desc="computing lengths"):
-            train_dataset = with_lengths(train_dataset, processor.num_image_tokens)
-
     trainer = FlorenceVLTrainer(
         model=model,
         args=args,
