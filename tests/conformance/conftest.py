@@ -8,6 +8,9 @@ from transformers.models.auto import modeling_auto
 
 from florence_vl_hf import FlorenceVLConfig, FlorenceVLForConditionalGeneration, FlorenceVLModel
 
+# Its modules are imported, and their test classes subclassed.
+collect_ignore = ["upstream"]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # Marks of upstream's mixins.

@@ -37,8 +37,9 @@ def fetch() -> None:
         command = [sys.executable, "-m", "pip", "download", *options, RELEASE.replace("-", "==", 1)]
         pip = subprocess.run(command, capture_output=True, text=True)
         if pip.returncode:
-            reason = pip.stderr.strip().splitlines()[-1]
-            sys.exit(f"Could not download the source distribution of {RELEASE} with pip: {reason}")
+            lines = pip.stderr.splitlines()
+            reason = [line for line in lines if line.lower().startswith("error:")] or lines
+            sys.exit(f"Could not download the source distribution of {RELEASE} with pip: {reason[-1]}")
         with tarfile.open(Path(work) / f"{RELEASE}.tar.gz") as sdist:
             tests = [member for member in sdist if member.name.startswith(f"{RELEASE}/tests/")]
             sdist.extractall(work, tests, filter="data")
