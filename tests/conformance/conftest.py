@@ -8,6 +8,7 @@ from transformers.models.auto import modeling_auto
 
 from florence_vl_hf import FlorenceVLConfig, FlorenceVLForConditionalGeneration, FlorenceVLModel
 
+
 # Its modules are imported, and their test classes subclassed.
 collect_ignore = ["upstream"]
 

@@ -67,7 +67,7 @@ class FlorenceVLForConditionalGenerationModelTest(ModelTesterMixin, GenerationTe
     def test_config(self) -> None:
         self.config_tester.run_common_tests()
 
-    # A block of DaViT has two attentions, so upstream's count of one per layer does not hold (as in Florence-2's test).
+    # Upstream counts one attention per layer. A block of DaViT has two, so Florence-2's test overrides the number too.
     def _image_features_get_expected_num_attentions(self, model_tester: Any = None) -> int:
         return 2 * sum(self.model_tester.get_config().vision_config.vision_config.depths)
 

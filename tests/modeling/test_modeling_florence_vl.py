@@ -432,7 +432,9 @@ class TestSaveAndLoad:
         loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
         assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
 
-    @pytest.mark.parametrize("part", ["model.vision_tower", "model.multi_modal_projector", "model.language_model", None])
+    @pytest.mark.parametrize(
+        "part", ["model.vision_tower", "model.multi_modal_projector", "model.language_model", None]
+    )
     def test_offloaded_to_disk(self, part, tmp_path):
         model = tiny_model()
         inputs = tiny_inputs(model.config, [1, 1])

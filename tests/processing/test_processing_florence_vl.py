@@ -222,7 +222,7 @@ class TestImageTokens:
     def test_numbers_of_each_sample_must_match(self, num_images, processor):
         images = [[Image.new("RGB", (8, 8))] * number for number in num_images]
         text = ["<image><image>x", "y"]
-        with pytest.raises(ValueError, match=r"tokens in the prompts should be the same as the number of images") as error:
+        with pytest.raises(ValueError, match="tokens in the prompts should be the same as the number of ") as error:
             processor(images=images, text=text)
         assert f"{num_images} per sample" in str(error.value)
 

@@ -14,7 +14,7 @@ Fusion", CVPR 2025 (arXiv 2412.04424).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -689,8 +689,9 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
 
     def generate(self, *args: Any, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """As in Transformers; `pixel_values` may be `None`, which Transformers would encode."""
-        images = {} if pixel_values is None else {"pixel_values": pixel_values}
-        return super().generate(*args, **images, **kwargs)  # type: ignore[misc]  # upstream's type of `self`
+        if pixel_values is not None:
+            kwargs["pixel_values"] = pixel_values
+        return super().generate(*args, **kwargs)  # type: ignore[misc]  # upstream's type of `self`
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]  # upstream's type of `self`

@@ -76,8 +76,8 @@ class FlorenceVLProcessor(ProcessorMixin):
     def prepare_inputs_layout(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """As in Transformers; a batch whose samples all have no images, such as `[[]]`, has no `pixel_values`."""
         images, *other_inputs = super().prepare_inputs_layout(*args, **kwargs)
-        has_images = images is not None and len(make_flat_list_of_images(images)) > 0
-        return (images if has_images else None, *other_inputs)
+        flat_images: Any = [] if images is None else make_flat_list_of_images(images)
+        return (images if len(flat_images) > 0 else None, *other_inputs)
 
     def validate_inputs(  # type: ignore[override]  # the other arguments pass through
         self, images: Any = None, text: Any = None, **kwargs: Any
@@ -99,9 +99,9 @@ class FlorenceVLProcessor(ProcessorMixin):
                 matches = len(flat_images) == sum(num_tokens)
             if not matches:
                 raise ValueError(
-                    f"Got {len(flat_images)} images{per_sample} but {sum(num_tokens)} {self.image_token!r} tokens in the "
-                    f"text ({num_tokens} per sample). The number of {self.image_token!r} tokens in the prompts should be "
-                    f"the same as the number of images passed: add one {self.image_token!r} per image."
+                    f"Got {len(flat_images)} images{per_sample} but {sum(num_tokens)} {self.image_token!r} tokens "
+                    f"in the text ({num_tokens} per sample). The number of image tokens in the prompts should be the "
+                    f"same as the number of images: add one {self.image_token!r} per image."
                 )
         super().validate_inputs(images=images, text=text, **kwargs)
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Not in the sdist. In Transformers 5.19, `PipelineTesterMixin` imports the tests of every pipeline, to run those of one."""
+"""Not in the sdist. In Transformers 5.19, `PipelineTesterMixin` imports the tests of all pipelines."""
 
 import sys
 from types import ModuleType
