@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from florence_vl_hf.processing import load_chat_template
 from florence_vl_hf.training import FlorenceVLCollator, SampleError
-from florence_vl_hf.training.samples import read_sample
+from florence_vl_hf.training.samples import Problem, read_sample
 
 from ..conftest import collapse
 
@@ -165,6 +165,15 @@ class TestBrokenSamples:
     def test_raise(self, golden, processor):
         with pytest.raises(SampleError, match="'lost'.*nowhere.png"):
             FlorenceVLCollator(processor, on_error="raise")([sample(golden, 1), self.broken(golden)])
+
+    def test_raise_in_a_worker(self, golden, processor):
+        loader = DataLoader(
+            [self.broken(golden)], num_workers=1, collate_fn=FlorenceVLCollator(processor, on_error="raise")
+        )
+        with pytest.raises(SampleError) as caught:
+            list(loader)
+        assert caught.value.problem is Problem.MISSING_IMAGE
+        assert str(caught.value).startswith("Sample 'lost': There is no image")
 
     def test_skip_counts(self, golden, processor, caplog):
         collate = FlorenceVLCollator(processor)

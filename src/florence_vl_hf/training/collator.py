@@ -7,7 +7,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
+from torch._utils import ExceptionWrapper
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
 from ..processing import FlorenceVLProcessor
@@ -29,6 +31,16 @@ IGNORED_LABEL = -100
 
 # What to do with a broken sample: skip and count it, or raise its error.
 OnError = Literal["skip", "raise"]
+
+
+class _WorkerError(ExceptionWrapper):
+    """An error of a data worker. `DataLoader` would put the worker's traceback into the message."""
+
+    def __init__(self, error: SampleError) -> None:
+        self.error = error
+
+    def reraise(self) -> None:
+        raise self.error
 
 
 class FlorenceVLCollator:
@@ -67,7 +79,7 @@ class FlorenceVLCollator:
         """The number of broken samples skipped so far, by this process and its data workers."""
         return self._num_skipped.value
 
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: list[dict[str, Any]]) -> Any:
         """
         Collate samples of `load_conversations`, or any that `to_messages` accepts.
 
@@ -89,7 +101,9 @@ class FlorenceVLCollator:
             except SampleError as error:
                 error.sample_id = sample_id(sample)
                 if self.on_error == "raise":
-                    raise
+                    if get_worker_info() is None:
+                        raise
+                    return _WorkerError(error)
                 with self._num_skipped.get_lock():
                     self._num_skipped.value += 1
                 logger.warning(f"Skipping a broken sample. {error}")
