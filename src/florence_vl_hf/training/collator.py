@@ -137,6 +137,9 @@ class FlorenceVLCollator:
                     num_left -= self.processor.num_image_tokens * self._longest_token
                     if num_left < 0:
                         raise self._images_too_long()
+                elif self.processor.image_token in item["text"]:
+                    reason = f"Got {self.processor.image_token!r} in its text, the model's image token; remove it."
+                    raise SampleError(reason, Problem.IMAGE_TOKENS)
                 elif num_left > 0:
                     content.append({**item, "text": item["text"][:num_left]})
                     num_left -= len(item["text"])

@@ -56,12 +56,13 @@ class FlorenceVLTrainer(Trainer):
     A `Trainer` for Florence-VL models and datasets of conversations.
 
     It adds learning rates of projector and vision tower, generated answers in evaluation, the number of skipped
-    samples in the logs, and `register_training_hook`.
+    samples in the logs, and `register_training_hook`. `eval_loss` is the mean loss of valid samples, and a run that
+    learns nothing is an error.
 
     Args:
         model (`FlorenceVLForConditionalGeneration` or `peft.PeftModel`): After `set_trainable`, or with adapters.
         args (`FlorenceVLTrainingArguments`): As in `Trainer`.
-        data_collator (`FlorenceVLCollator`): Builds the batches, and in evaluation the prompts.
+        data_collator (`FlorenceVLCollator`): Builds the batches.
         answer_metric (`Callable`, *optional*): Metric of generated answers; `exact_match` by default.
         kwargs: As in `Trainer`.
     """
@@ -205,13 +206,14 @@ class FlorenceVLTrainer(Trainer):
     @torch.no_grad()
     def sample_losses(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> list[float]:
         """Compute the mean loss of the answers of each sample of a batch. Rows without labels are left out."""
+        if isinstance(model, torch.nn.DataParallel):  # would split `logits_to_keep`
+            model = model.module
         register_training_hook(model)
         inputs = dict(inputs)
         kept = learned_positions(inputs.pop("labels"))
         with self.compute_loss_context_manager():
-            logits = model(
-                **inputs, logits_to_keep=kept["logits_to_keep"]
-            ).logits  # (batch_size, num_kept, vocab_size)
+            logits = model(**inputs, logits_to_keep=kept["logits_to_keep"]).logits
+        # (batch_size, num_kept, vocab_size) and (batch_size, num_kept)
         labels = kept["shift_labels"]
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
         num_labels = labels.ne(IGNORED_LABEL).sum(dim=1)

@@ -22,7 +22,7 @@ from ..model_cards import TrainedCard, Training, hub_id, public_name, write_card
 from ..modeling import FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
 from .adapters import lora_config, quantization_config
-from .arguments import DataArguments, FlorenceVLTrainingArguments, ModelArguments, parse_recipe
+from .arguments import DataArguments, ModelArguments, parse_recipe
 from .checkpoints import last_complete_checkpoint
 from .collator import FlorenceVLCollator
 from .data_loading import load_conversations
@@ -64,7 +64,7 @@ def train(recipe: dict[str, Any]) -> dict[str, float]:
     set_seed(args.seed)
     with args.main_process_first(desc="reading the data"):
         train_dataset, eval_datasets = load_datasets(data_arguments)
-    model, processor = load_model(model_arguments, data_arguments, args)
+    model, processor = load_model(model_arguments, data_arguments)
     trainer = FlorenceVLTrainer(
         model=model,
         args=args,
@@ -136,7 +136,7 @@ def load_datasets(data_arguments: DataArguments) -> tuple[Dataset, dict[str | No
 
 
 def load_model(
-    model_arguments: ModelArguments, data_arguments: DataArguments, args: FlorenceVLTrainingArguments
+    model_arguments: ModelArguments, data_arguments: DataArguments
 ) -> tuple[FlorenceVLForConditionalGeneration | PeftModel, FlorenceVLProcessor]:
     """Load the model, whose stage's parts are trained, with LoRA if requested, and its processor."""
     dtype, num_bits = getattr(torch, model_arguments.dtype), model_arguments.num_bits
@@ -162,11 +162,8 @@ def load_model(
     if data_arguments.do_pad is not None:
         processor.image_processor.do_pad = data_arguments.do_pad
     if num_bits is not None:
-        model = prepare_model_for_kbit_training(
-            model,
-            use_gradient_checkpointing=args.gradient_checkpointing,
-            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-        )
+        # `Trainer` enables checkpointing.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if model_arguments.use_peft:
         lora = (model_arguments.lora_r, model_arguments.lora_alpha, model_arguments.lora_dropout)
         model = get_peft_model(model, lora_config(model, *lora, train_projector=trains_projector))
