@@ -24,6 +24,7 @@ def parsed(name: str):
 
 
 class TestRecipes:
+    @pytest.mark.filterwarnings("error")
     @pytest.mark.parametrize("name", [*recipe_files(), QUICKSTART])
     def test_can_be_read(self, name):
         model, data, args = parsed(name)
