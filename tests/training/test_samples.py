@@ -190,6 +190,12 @@ class TestBrokenSamples:
                 to_messages({"id": 10**5000, "messages": [value]})
             assert len(str(caught.value)) < 300
 
+    @pytest.mark.parametrize(
+        "sample", [{"conversations": [{"from": "human", "value": ""}] * 100_000}, llava(image="x" * 10**7)], ids=len
+    )
+    def test_messages_are_short(self, image_folder, sample):
+        assert len(problem_of(image_folder, sample)[1]) < 1100
+
     def test_an_error_comes_back_from_another_process(self, image_folder):
         with pytest.raises(SampleError) as caught:
             to_messages(load_one(image_folder, llava("Hi", image="a.png")))

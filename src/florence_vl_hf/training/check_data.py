@@ -141,8 +141,8 @@ def _open_report(path: Path) -> TextIO:
         with open(path, encoding="utf-8", errors="replace") as file:
             line = file.readline(1 << 20)
         try:
-            is_report = set(json.loads(line)) == {"id", "problem", "message"}
-        except (TypeError, ValueError):
+            is_report = json.loads(line).keys() == {"id", "problem", "message"}
+        except (AttributeError, RecursionError, ValueError):
             is_report = False
         if not is_report:
             raise FileExistsError(f"{path} exists and is not a report; choose another file for the report.")

@@ -20,8 +20,9 @@ ROLES = tuple(LLAVA_ROLES.values())
 # The longest side of an image, in pixels: far longer than of any in real data. Its square is built where images are
 # padded, which costs memory and time even if the file has a few hundred bytes.
 MAX_IMAGE_SIDE = 12_000
-# Names in messages are not longer.
+# In characters, in messages.
 MAX_ID_LENGTH = 200
+MAX_REASON_LENGTH = 1000
 # With `text`, because Arrow gives all items the same keys.
 IMAGE_ITEM = {"type": "image", "text": None}
 
@@ -47,6 +48,10 @@ class SampleError(ValueError):
     reason: str
     problem: Problem = Problem.MALFORMED
     sample_id: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.reason) > MAX_REASON_LENGTH:
+            self.reason = f"{self.reason[:MAX_REASON_LENGTH]}..."
 
     def __str__(self) -> str:
         return self.reason if self.sample_id is None else f"Sample {self.sample_id!r}: {self.reason}"
