@@ -175,6 +175,13 @@ class TestBrokenSamples:
         assert caught.value.problem is Problem.MISSING_IMAGE
         assert str(caught.value).startswith("Sample 'lost': There is no image")
 
+    def test_image_token_of_the_tokenizer_in_text(self, golden, processor):
+        processor = copy.copy(processor)
+        processor.image_token = processor.tokenizer.eos_token
+        with pytest.raises(SampleError, match="the model's image token; remove it") as caught:
+            FlorenceVLCollator(processor).encode(sample(golden, 0, answer=f"A fox.{processor.image_token}"))
+        assert caught.value.problem is Problem.IMAGE_TOKENS
+
     def test_skip_counts(self, golden, processor, caplog):
         collate = FlorenceVLCollator(processor)
         batch = collate([self.broken(golden), sample(golden, 1), self.broken(golden)])
