@@ -22,6 +22,7 @@ from transformers import AutoModelForImageTextToText, Trainer
 
 from florence_vl_hf import FlorenceVLConfig, training
 from florence_vl_hf.training import FlorenceVLTrainer, FlorenceVLTrainingArguments, read_recipe, set_trainable
+from florence_vl_hf.training.arguments import CHECKPOINTING
 from tests.conftest import tiny_config, tiny_inputs
 
 
@@ -181,7 +182,7 @@ def resumed(directory: Path) -> None:
 
 
 def checkpointed(directory: Path) -> None:
-    write(directory, "checkpointed", history(train(directory / "checkpointed", gradient_checkpointing=True)))
+    write(directory, "checkpointed", history(train(directory / "checkpointed", **{CHECKPOINTING: True})))
 
 
 def frozen_tower(directory: Path) -> None:

@@ -19,10 +19,13 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from florence_vl_hf import FlorenceVLForConditionalGeneration
 from florence_vl_hf.conversion import CheckpointError, load_original
+from florence_vl_hf.modeling.transformers_compat import enable_checkpointing
 from florence_vl_hf.training.adapters import lora_config, lora_target_modules, merge_adapter, quantization_config
+from florence_vl_hf.training.arguments import CHECKPOINTING
 
 from ..conftest import FIXTURES, status, tiny_inputs, tiny_model
 
@@ -144,7 +147,8 @@ class TestCheckpointing:
         batch = labelled_inputs(model, [1, 2])
         trainer = Trainer(model, arguments, lambda _: batch, train_dataset=[0], callbacks=[Record()])
         trainer.train()
-        assert model.base_model.model.is_gradient_checkpointing == settings.get("gradient_checkpointing", False)
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        assert {layer.gradient_checkpointing for layer in layers} == {settings.get(CHECKPOINTING, False)}
         return found
 
     @pytest.mark.parametrize("train_projector", [False, True])
@@ -152,18 +156,14 @@ class TestCheckpointing:
     def test_equal_gradients(self, train_projector, use_reentrant, tmp_path):
         expected = self.gradients(tmp_path, train_projector=train_projector)
         assert len(expected) == 28 + 6 * train_projector
-        found = self.gradients(
-            tmp_path,
-            train_projector=train_projector,
-            gradient_checkpointing=True,
-            gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
-        )
+        checkpointing = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": use_reentrant}}
+        found = self.gradients(tmp_path, train_projector=train_projector, **checkpointing)
         torch.testing.assert_close(found, expected)
 
     @pytest.mark.parametrize("train_projector", [False, True])
     def test_frozen_tower_keeps_no_activations(self, train_projector):
         model = random_lora(tiny_model(), train_projector=train_projector).train()
-        model.base_model.model.gradient_checkpointing_enable()
+        enable_checkpointing(model.base_model.model)
         model.enable_input_require_grads()
         pixel_values = tiny_inputs(model.config, [1])["pixel_values"]
         seen = model.base_model.model.get_image_features(pixel_values=pixel_values)
@@ -239,7 +239,8 @@ class TestQuantization:
     def test_learns_and_merges_onto_the_unquantized_base(self, bits, directory, tmp_path):
         config = quantization_config(bits, compute_dtype=torch.float32)
         model = AutoModelForImageTextToText.from_pretrained(directory, quantization_config=config, device_map="cpu")
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        enable_checkpointing(model)
         model = get_peft_model(model, lora_config(model, rank=4, dropout=0.0, train_projector=True)).train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
         inputs = labelled_inputs(model, [1, 2])

@@ -1,4 +1,6 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,9 @@ def parsed(name: str):
 class TestRecipes:
     @pytest.mark.parametrize("name", [*recipe_files(), QUICKSTART])
     def test_can_be_read(self, name):
-        model, data, args = parsed(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model, data, args = parsed(name)
         assert model.model_name_or_path and data.train_file and args.output_dir
         assert args.remove_unused_columns is False
 
@@ -174,6 +178,10 @@ class TestParseRecipe:
         assert getattr(args, f"{CHECKPOINTING}_kwargs") == {"use_reentrant": False}
         assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
 
+    def test_no_more_workers_than_cores(self):
+        _, _, args = parse_recipe(self.needed | {"dataloader_num_workers": 10_000})
+        assert 1 <= args.dataloader_num_workers <= os.cpu_count()
+
     def test_text_that_looks_like_an_option(self):
         _, data, _ = parse_recipe(self.needed | {"train_file": "--odd name"})
         assert data.train_file == "--odd name"
@@ -199,6 +207,7 @@ class TestParseRecipe:
             ({"load_in_4bit": True, "load_in_8bit": True, "use_peft": True}, "both"),
             ({"use_peft": True, "fusion_strategy": "average"}, "another fusion together with `use_peft`"),
             ({"max_length": 0}, "max_length: 0"),
+            ({"max_image_side": 0}, "max_image_side: 0"),
             ({"use_peft": True, "stage": "pretrain"}, "'pretrain'.*vision tower.*`finetune`"),
             ({"use_peft": True, "stage": "projector"}, "'projector': LoRA trains the language model"),
         ],

@@ -129,7 +129,7 @@ class TestBrokenFiles:
 
     @pytest.mark.parametrize(
         "tail",
-        [b", " + b"9" * 5000 + b"]", b", [" + b"[" * 100_000, b', {"id": "\xff"}]', b"] []", b", }]", b"{}]", b""],
+        [b", [" + b"[" * 100_000, b', {"id": "\xff"}]', b"] []", b", }]", b"{}]", b""],
     )
     def test_json_that_is_broken_after_a_sample(self, image_folder, tail):
         path = write(image_folder, [llava(id="one")])
@@ -151,6 +151,26 @@ class TestBrokenFiles:
             "Got -15000000000.0",
             "Got nothing",
         ]
+
+    @pytest.mark.parametrize("block_size", [7, 1 << 20])
+    def test_values_that_python_does_not_decode(self, image_folder, monkeypatch, block_size):
+        monkeypatch.setattr(data_loading, "BLOCK_SIZE", block_size)
+        nested = '{"a": [' * 3000 + r'"}]} \"]", "\\"' + "]}" * 3000
+        items = [json.dumps(llava("One")), "9" * 5000, f'{{"id": {"9" * 5000}}}', nested, json.dumps(llava("Two"))]
+        for name, text in (("samples.json", f"[{', '.join(items)}]"), ("samples.jsonl", "\n".join(items))):
+            (image_folder / name).write_text(text)
+            samples = load_conversations(image_folder / name)
+            assert [sample["problem"] for sample in samples] == [None, *["malformed sample"] * 3, None]
+            assert "nested too deeply" in samples[3]["problem_message"]
+            assert all(len(sample["id"]) <= 200 for sample in samples)
+
+    def test_a_line_that_does_not_fit_in_memory(self, image_folder, monkeypatch):
+        monkeypatch.setattr(data_loading, "MAX_SAMPLE_SIZE", 200)
+        lines = [json.dumps(llava("One")), json.dumps(llava("x" * 1000)), " " * 500, json.dumps(llava("Two"))]
+        (image_folder / "samples.jsonl").write_text("\n".join(lines))
+        samples = load_conversations(image_folder / "samples.jsonl")
+        assert [sample["problem"] is None for sample in samples] == [True, False, True]
+        assert "Line 2 is not JSON (it is longer than 200 bytes)" in samples[1]["problem_message"]
 
     def test_json_that_is_not_a_list(self, image_folder):
         path = image_folder / "samples.json"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from florence_vl_hf.modeling.transformers_compat import enable_checkpointing
 from florence_vl_hf.training import STAGES, lora_config, register_training_hook, set_trainable
 from florence_vl_hf.training.stages import PARTS, Stage, part_of
 
@@ -166,7 +167,7 @@ class TestTrainingHook:
         expected = [parameter.grad.clone() for parameter in model.model.multi_modal_projector.parameters()]
         model.zero_grad()
 
-        model.gradient_checkpointing_enable()
+        enable_checkpointing(model)
         layers = [m for m in model.model.language_model.modules() if isinstance(m, GradientCheckpointingLayer)]
         num_runs = []
         for layer in layers:

@@ -13,7 +13,7 @@ from .collator import FlorenceVLCollator
 from .data_loading import load_conversations
 from .samples import SampleError, to_messages
 from .stages import STAGES, register_training_hook, set_trainable
-from .trainer import FlorenceVLTrainer
+from .trainer import FlorenceVLTrainer, TrainingError
 from .training_run import train
 
 
@@ -24,6 +24,7 @@ __all__ = [
     "FlorenceVLTrainer",
     "FlorenceVLTrainingArguments",
     "SampleError",
+    "TrainingError",
     "load_conversations",
     "lora_config",
     "lora_target_modules",

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import pyarrow as pa
@@ -28,6 +28,9 @@ BLOCK_SIZE = 1 << 20
 MAX_SAMPLE_SIZE = 1 << 26
 # Between the items of a JSON list. The closing bracket is left.
 SEPARATOR = re.compile(r"\s*(?:,\s*|(?=\]))")
+STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|[\[\]{}]', re.DOTALL)
+
+NESTED_TOO_DEEPLY = "It is nested too deeply; expected messages of text and images, correct or remove it."
 
 TEXT = datasets.Value("string")
 FEATURES = datasets.Features(
@@ -135,7 +138,6 @@ def _read_file(path: str) -> Iterator[tuple[int, Any]]:
 
 def _read_json(path: str) -> Iterator[Any]:
     """Decode a JSON list item by item: lists of millions of samples do not fit in memory."""
-    decode = json.JSONDecoder().raw_decode
     with open(path, encoding="utf-8-sig") as file:
         text = file.read(BLOCK_SIZE).lstrip()
         if not text.startswith("["):
@@ -144,7 +146,7 @@ def _read_json(path: str) -> Iterator[Any]:
         text, position = text[1:].lstrip(), 0
         while not text.startswith("]", position):
             try:
-                item, end = decode(text, position)
+                item, end = _decode_item(text, position)
                 separator = SEPARATOR.match(text, end)
                 if separator is None:
                     raise json.JSONDecodeError("Expecting ',' or ']'", text, end)
@@ -161,14 +163,49 @@ def _read_json(path: str) -> Iterator[Any]:
             raise ValueError("there is more text after the list")
 
 
+def _parse_int(digits: str) -> int | str:
+    # Python refuses to convert more than a few thousand digits. No sample has such a number for a good reason.
+    return int(digits) if len(digits) < 100 else digits
+
+
+DECODER = json.JSONDecoder(parse_int=_parse_int)
+
+
+def _decode_item(text: str, position: int) -> tuple[Any, int]:
+    """Return the JSON value that begins at a position, and where it ends."""
+    try:
+        return DECODER.raw_decode(text, position)
+    except RecursionError:
+        depth = 0
+        for match in STRING_OR_BRACKET.finditer(text, position):
+            depth += (match[0] in "[{") - (match[0] in "]}")
+            if depth == 0:
+                return SampleError(NESTED_TOO_DEEPLY), match.end()
+        raise json.JSONDecodeError("Unterminated list or object", text, position) from None
+
+
 def _read_json_lines(path: str) -> Iterator[tuple[int, Any]]:
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line := line.removeprefix(b"\xef\xbb\xbf").strip():
-                try:
-                    yield number, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    yield number, SampleError(f"Line {number} is not JSON ({error}); correct it, or remove it.")
+        for number, line in enumerate(_read_lines(file), 1):
+            line = line.removeprefix(b"\xef\xbb\xbf").strip()
+            try:
+                if len(line) > MAX_SAMPLE_SIZE:
+                    raise ValueError(f"it is longer than {MAX_SAMPLE_SIZE} bytes")
+                if line:
+                    yield number, DECODER.decode(line.decode())
+            except RecursionError:
+                yield number, SampleError(NESTED_TOO_DEEPLY)
+            except ValueError as error:
+                yield number, SampleError(f"Line {number} is not JSON ({error}); correct it, or remove it.")
+
+
+def _read_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Read lines, of which long ones are cut: a file without line ends may not fit in memory."""
+    while line := file.readline(MAX_SAMPLE_SIZE + 1):
+        end = line
+        while len(end) > MAX_SAMPLE_SIZE and not end.endswith(b"\n"):
+            end = file.readline(MAX_SAMPLE_SIZE + 1)
+        yield line
 
 
 def _find_dataset(path: Path, split: str) -> datasets.Dataset:

@@ -8,12 +8,15 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.utils import logging
 
 from .arguments import FlorenceVLTrainingArguments
 from .collator import IGNORED_LABEL, FlorenceVLCollator
 from .stages import part_of, register_training_hook
 
+
+logger = logging.get_logger(__name__)
 
 # Takes a list of answers and a list of references, and returns a dict of floats.
 AnswerMetric = Callable[[list[str], list[str]], dict[str, float]]
@@ -44,17 +47,22 @@ def learned_positions(labels: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"logits_to_keep": logits_to_keep, "shift_labels": shift_labels[:, logits_to_keep]}
 
 
+class TrainingError(RuntimeError):
+    """Raised for a run that has no result."""
+
+
 class FlorenceVLTrainer(Trainer):
     """
     A `Trainer` for Florence-VL models and datasets of conversations.
 
     It adds learning rates of projector and vision tower, generated answers in evaluation, the number of skipped
-    samples in the logs, and `register_training_hook`.
+    samples in the logs, and `register_training_hook`. `eval_loss` is the mean loss of valid samples, and a run that
+    learns nothing is an error.
 
     Args:
         model (`FlorenceVLForConditionalGeneration` or `peft.PeftModel`): After `set_trainable`, or with adapters.
         args (`FlorenceVLTrainingArguments`): As in `Trainer`.
-        data_collator (`FlorenceVLCollator`): Builds the batches, and in evaluation the prompts.
+        data_collator (`FlorenceVLCollator`): Builds the batches.
         answer_metric (`Callable`, *optional*): Metric of generated answers; `exact_match` by default.
         kwargs: As in `Trainer`.
     """
@@ -75,6 +83,8 @@ class FlorenceVLTrainer(Trainer):
         kwargs.setdefault("processing_class", data_collator.processor)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         self.answer_metric = answer_metric
+        self._last_loss: torch.Tensor | None = None
+        self._num_learned: torch.Tensor | int = 0
         if args.label_smoothing_factor:
             # `Trainer` would apply it to labels that are not shifted: the model would learn to repeat its input.
             raise ValueError("Got `label_smoothing_factor`, which is not supported; remove it.")
@@ -120,30 +130,101 @@ class FlorenceVLTrainer(Trainer):
             inputs = {**inputs, **learned_positions(inputs["labels"])}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in `Trainer`; a run that learned nothing, or whose loss is not finite at its end, is an error."""
+        # A run that has learned nothing saves no checkpoint.
+        self._num_learned = int(bool(resume_from_checkpoint))
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._check_loss()
+        if self._last_loss is not None and not self._has_learned():
+            raise TrainingError("All samples of the run are broken, nothing is learned; see `florence-vl check-data`.")
+        return output
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in `Trainer`; a loss that is not finite in the first step is an error."""
+        is_first = self._last_loss is None
+        self._num_learned += inputs["labels"][..., 1:].ne(IGNORED_LABEL).sum()
+        self._last_loss = super().training_step(model, inputs, *args, **kwargs)
+        if is_first:
+            self._check_loss()
+        return self._last_loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`, if there is anything to resume."""
+        self._check_loss()
+        if self._has_learned():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _check_loss(self) -> None:
+        """Raise an error if the last loss is not finite. Every process must call it."""
+        if self._last_loss is not None and self._sum_over_processes(~self._last_loss.isfinite()):
+            raise TrainingError(
+                f"The loss is not finite at step {self.state.global_step}, and nothing is saved; use a lower learning "
+                f"rate, or bfloat16 in place of float16."
+            )
+
+    def _has_learned(self) -> bool:
+        return self._sum_over_processes(self._num_learned) > 0
+
+    def _sum_over_processes(self, number: torch.Tensor | int) -> int:
+        number = torch.as_tensor(number, dtype=torch.int64, device=self.args.device)
+        return int(self.accelerator.reduce(number, reduction="sum"))
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As in `Trainer`; with `predict_with_generate`, also measure generated answers."""
+        """As in `Trainer`; the loss is the mean over valid samples, and generated answers are measured."""
+        self._losses: list[float] = []
         self._answers: list[tuple[str, str]] = []
         output = super().evaluation_loop(*args, **kwargs)
-        if not self.args.predict_with_generate:
-            return output
-        answers, references = [answer for answer, _ in self._answers], [reference for _, reference in self._answers]
-        measured = self.answer_metric(answers, references)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        try:
-            # Logs cannot hold the floats of numpy or torch.
-            metrics = {f"{prefix}_{name}": float(value) for name, value in measured.items()}
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"The answer metric returned {measured!r}, expected a dict of floats.") from error
-        return output._replace(metrics={**(output.metrics or {}), **metrics})
-
-    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`; with `predict_with_generate`, also generate answers, and gather those of all processes."""
+        metrics = {name: value for name, value in (output.metrics or {}).items() if name != f"{prefix}_loss"}
+        if not self._losses:
+            logger.warning("No sample was evaluated, since all are broken; `florence-vl check-data` lists why.")
+            return output._replace(metrics=metrics)
+        metrics[f"{prefix}_loss"] = sum(self._losses) / len(self._losses)
         if self.args.predict_with_generate:
-            answers: list[Any] = self.generate_answers(inputs)
-            # Equally many in every process: those of samples that pad the last batch are dropped by position.
-            answers += [None] * (self.args.eval_batch_size - len(answers))
-            self._answers += filter(None, self.accelerator.gather_for_metrics(answers, use_gather_object=True))
-        return super().prediction_step(model, inputs, *args, **kwargs)
+            answers, references = ([pair[i] for pair in self._answers] for i in range(2))
+            measured = self.answer_metric(answers, references)
+            try:
+                # Logs cannot hold the floats of numpy or torch.
+                metrics |= {f"{prefix}_{name}": float(value) for name, value in measured.items()}
+            except (AttributeError, TypeError, ValueError) as error:
+                raise ValueError(f"The answer metric returned {measured!r}, expected a dict of floats.") from error
+        return output._replace(metrics=metrics)
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in `Trainer`; also gathers the loss of each valid sample, and with `predict_with_generate` its answer."""
+        inputs = self._prepare_inputs(inputs)
+        self._losses += self._gather(self.sample_losses(model, inputs))
+        if self.args.predict_with_generate:
+            self._answers += self._gather(self.generate_answers(inputs))
+        if prediction_loss_only:
+            return None, None, None
+        return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+
+    @torch.no_grad()
+    def sample_losses(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> list[float]:
+        """Compute the mean loss of the answers of each sample of a batch. Rows without labels are left out."""
+        if isinstance(model, torch.nn.DataParallel):  # would split `logits_to_keep`
+            model = model.module
+        register_training_hook(model)
+        inputs = dict(inputs)
+        kept = learned_positions(inputs.pop("labels"))
+        with self.compute_loss_context_manager():
+            logits = model(**inputs, logits_to_keep=kept["logits_to_keep"]).logits
+        # (batch_size, num_kept, vocab_size) and (batch_size, num_kept)
+        labels = kept["shift_labels"]
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
+        num_labels = labels.ne(IGNORED_LABEL).sum(dim=1)
+        return (losses.sum(dim=1) / num_labels)[num_labels > 0].tolist()
+
+    def _gather(self, results: list[Any]) -> list[Any]:
+        """Gather the results of a batch's valid samples from all processes."""
+        # Equally many of each process: `gather_for_metrics` drops the samples that fill the last batch by position.
+        padded = results + [None] * (self.args.eval_batch_size - len(results))
+        gathered = self.accelerator.gather_for_metrics(padded, use_gather_object=True)
+        return [result for result in gathered if result is not None]
 
     def generate_answers(self, inputs: dict[str, torch.Tensor]) -> list[tuple[str, str]]:
         """
@@ -156,7 +237,6 @@ class FlorenceVLTrainer(Trainer):
             `list[tuple[str, str]]`: Generated answers and references.
         """
         model, processor = self.accelerator.unwrap_model(self.model).eval(), self.data_collator.processor
-        inputs = self._prepare_inputs(inputs)
         prompts, references = [], []
         for input_ids, labels in zip(inputs["input_ids"], inputs["labels"], strict=True):
             is_answer = labels != IGNORED_LABEL
@@ -197,5 +277,4 @@ class FlorenceVLTrainer(Trainer):
 
     def total_skipped(self) -> int:
         """Count the broken samples that all processes skipped. Every process must call it."""
-        counted = torch.tensor(self.data_collator.num_skipped, device=self.args.device)
-        return int(self.accelerator.reduce(counted, reduction="sum"))
+        return self._sum_over_processes(self.data_collator.num_skipped)
