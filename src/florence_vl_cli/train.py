@@ -26,10 +26,10 @@ def check_data(
     report: Annotated[Path | None, Option(help="Write every problem to this .jsonl file.")] = None,
 ) -> None:
     """Check all conversations and images before training. The exit code is 1 if there are problems."""
-    from ..conversion import is_original, read_original
-    from ..processing import FlorenceVLProcessor
-    from ..training import check_data as checks
-    from ..training import load_conversations
+    from florence_vl_hf.conversion import is_original, read_original
+    from florence_vl_hf.processing import FlorenceVLProcessor
+    from florence_vl_hf.training import check_data as checks
+    from florence_vl_hf.training import load_conversations
 
     if chat_template is not None and model is None:
         raise typer.BadParameter("It requires the tokenizer of a --model.", param_hint="--chat-template")
@@ -55,7 +55,7 @@ def check_data(
 
 def _list_settings(is_requested: bool) -> None:
     if is_requested:
-        from ..training.arguments import describe_settings
+        from florence_vl_hf.training.arguments import describe_settings
 
         typer.echo(describe_settings())
         raise typer.Exit()
@@ -73,8 +73,8 @@ def train(
     ] = False,
 ) -> None:
     """Train a model with a recipe, or resume an interrupted run."""
-    from ..training import read_recipe
-    from ..training import train as train_model
+    from florence_vl_hf.training import read_recipe
+    from florence_vl_hf.training import train as train_model
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # One process of a distributed run is enough to log.
@@ -98,11 +98,11 @@ def plan_memory(
     images_per_sample: Annotated[int, Option(help="Number of images per sample.", min=0)] = 1,
 ) -> None:
     """Estimate the memory of training per GPU from the model's configuration."""
-    from ..conversion import is_original, read_original
-    from ..modeling import FlorenceVLConfig
-    from ..planning import format_plan, format_table, plan_known_runs, published_config, read_setup
-    from ..planning import plan_memory as plan
-    from ..training import read_recipe
+    from florence_vl_hf.conversion import is_original, read_original
+    from florence_vl_hf.modeling import FlorenceVLConfig
+    from florence_vl_hf.planning import format_plan, format_table, plan_known_runs, published_config, read_setup
+    from florence_vl_hf.planning import plan_memory as plan
+    from florence_vl_hf.training import read_recipe
 
     if recipe is None:
         typer.echo(format_table(plan_known_runs()))
@@ -132,7 +132,7 @@ def merge(
     max_shard_size: options.ShardSize = "1GB",
 ) -> None:
     """Merge an adapter into its base model, which then loads without peft."""
-    from ..training import merge_adapter
+    from florence_vl_hf.training import merge_adapter
 
     model = merge_adapter(adapter, output, base=base, dtype=options.torch_dtype(dtype), max_shard_size=max_shard_size)
     options.echo_written(output, model.config, model.num_parameters())

@@ -20,8 +20,8 @@ def chat(
     """Chat about images. An empty line, /exit or the end of the input ends the chat."""
     from transformers import TextStreamer
 
-    from ..conversion import load_pretrained
-    from ..serving import ChatSession
+    from florence_vl_hf.conversion import load_pretrained
+    from florence_vl_hf.serving import ChatSession
 
     network, processor = load_pretrained(model, dtype="auto", device_map=device)
     network.generation_config.update(max_new_tokens=max_new_tokens, max_length=None)
