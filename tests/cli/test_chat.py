@@ -131,7 +131,8 @@ class TestChat:
         # Ctrl-C at the prompt.
         terminal.type("half a question")
         terminal.wait_for("half a question")
-        terminal.type("\x03")
+        # Enter wakes up a readline that did not wait yet when the signal came.
+        terminal.type("\x03\n")
         terminal.wait_for("Ctrl-D or /exit leaves the chat.*> ")
         terminal.type("\x04")
         assert terminal.process.wait(60) == 0
