@@ -8,7 +8,7 @@ VENV := .venv
 VENV_OLDEST := .venv-oldest
 VENV_NEWEST := .venv-newest
 
-.PHONY: test test-fast test-oldest test-newest check style coverage build quickstart new-question clean
+.PHONY: test test-fast test-oldest test-newest fuzz check style coverage build quickstart new-question clean
 
 # All checks and all tests, as in CI.
 test: check
@@ -30,6 +30,10 @@ test-newest:
 	$(VENV_NEWEST)/bin/python -m pip install --progress-bar off --upgrade transformers
 	$(VENV_NEWEST)/bin/python -m pip freeze --exclude-editable | grep -vixFf constraints.txt || true
 	$(VENV_NEWEST)/bin/python $(PYTEST) -rfE --tb=short
+
+# Random images, chats, damaged files, kills and full disks, in about 15 minutes. The tests run a small slice.
+fuzz: $(VENV)/installed
+	$(VENV)/bin/python -m tests.fuzz
 
 # Style, types, and the conventions of Transformers' model files.
 check: $(VENV)/installed
