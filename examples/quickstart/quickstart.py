@@ -24,7 +24,7 @@ from transformers import (
 from florence_vl_hf import FlorenceVLConfig, FlorenceVLForConditionalGeneration, FlorenceVLProcessor
 from florence_vl_hf.modeling.configuration_florence_vl import DEFAULT_PROMPTS
 from florence_vl_hf.processing import load_chat_template
-from florence_vl_hf.training import FlorenceVLCollator
+from florence_vl_hf.training import FlorenceVLCollator, to_messages
 
 
 NUM_QUESTIONS = 200
@@ -159,14 +159,19 @@ def answer(directory: Path, samples: list[dict[str, Any]], batch_size: int = 50)
     """Load the model with the Auto classes and answer the samples' questions. Returns answers and references."""
     processor = AutoProcessor.from_pretrained(directory)
     model = AutoModelForImageTextToText.from_pretrained(directory).eval()
-    collator = FlorenceVLCollator(processor)
-    answers, references = [], []
+    answers = []
     for start in tqdm(range(0, len(samples), batch_size), desc="Answering questions about new images"):
-        inputs, batch_references = collator.prompts(samples[start : start + batch_size])
+        inputs = processor.apply_chat_template(
+            [to_messages(sample)[:-1] for sample in samples[start : start + batch_size]],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        )
         output_ids = model.generate(**inputs, max_new_tokens=32, do_sample=False)
         answers += processor.batch_decode(output_ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        references += batch_references
-    return answers, references
+    return answers, [sample["conversations"][-1]["value"] for sample in samples]
 
 
 def main(

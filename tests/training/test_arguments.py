@@ -1,4 +1,5 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+import os
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,10 @@ class TestParseRecipe:
         assert getattr(args, f"{CHECKPOINTING}_kwargs") == {"use_reentrant": False}
         assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
 
+    def test_no_more_workers_than_cores(self):
+        _, _, args = parse_recipe(self.needed | {"dataloader_num_workers": 10_000})
+        assert 1 <= args.dataloader_num_workers <= os.cpu_count()
+
     def test_text_that_looks_like_an_option(self):
         _, data, _ = parse_recipe(self.needed | {"train_file": "--odd name"})
         assert data.train_file == "--odd name"
@@ -199,6 +204,7 @@ class TestParseRecipe:
             ({"load_in_4bit": True, "load_in_8bit": True, "use_peft": True}, "both"),
             ({"use_peft": True, "fusion_strategy": "average"}, "another fusion together with `use_peft`"),
             ({"max_length": 0}, "max_length: 0"),
+            ({"max_image_side": 0}, "max_image_side: 0"),
             ({"use_peft": True, "stage": "pretrain"}, "'pretrain'.*vision tower.*`finetune`"),
             ({"use_peft": True, "stage": "projector"}, "'projector': LoRA trains the language model"),
         ],

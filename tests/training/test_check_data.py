@@ -1,13 +1,16 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from PIL import Image
 
 from florence_vl_hf.processing import FlorenceVLProcessor
+from florence_vl_hf.training import FlorenceVLCollator
 from florence_vl_hf.training.check_data import DataReport, SampleCheck, check_data, format_report
 from florence_vl_hf.training.data_loading import load_conversations
 from florence_vl_hf.training.samples import Problem, SampleError, to_messages
@@ -83,6 +86,34 @@ class TestCommand:
             write(image_folder, [llava("<image>" + "!" * num_lines, image=image)], "samples.jsonl")
             run(path, "--report", str(report_file))
             assert len(report_file.read_text(encoding="utf-8").splitlines()) == num_lines
+
+    def test_a_report_never_overwrites_the_data(self, image_folder, tmp_path, capsys):
+        """However its path is written, and even if it looks like a report."""
+        path = tmp_path / "data.jsonl"
+        path.write_text('{"id": "1", "problem": "none", "message": "none"}\n')
+        (tmp_path / "symbolic.jsonl").symlink_to(path)
+        (tmp_path / "hard.jsonl").hardlink_to(path)
+        for report in (
+            path,
+            tmp_path / "images" / ".." / path.name,
+            tmp_path / "symbolic.jsonl",
+            tmp_path / "hard.jsonl",
+        ):
+            assert run(path, "--report", str(report)) == 1
+            assert "is not a report, but the data" in capsys.readouterr().err
+            assert path.read_text().startswith('{"id": "1"')
+
+    def test_data_that_looks_like_a_report_is_not_overwritten(self, image_folder, tmp_path):
+        other = tmp_path / "other.jsonl"
+        other.write_text('{"id": "1", "problem": "", "message": "", "conversations": []}\n')
+        assert run(write(image_folder, [llava("Hi")]), "--report", str(other)) == 1
+        assert "conversations" in other.read_text()
+
+    def test_max_image_side(self, image_folder, capsys):
+        path = write(image_folder, [llava(image="a.png")])
+        assert run(path, "--max-image-side", "8") == 0
+        assert run(path, "--max-image-side", "7") == 1
+        assert "8 x 6 pixels, more than `max_image_side: 7`" in capsys.readouterr().out
 
     def test_show(self, image_folder, capsys):
         path = write(image_folder, [llava(image="lost.png", id=f"s{i}") for i in range(9)])
@@ -169,9 +200,9 @@ class TestLengths:
         assert problems(sample, total) == set()
         assert problems(sample, total - 1) == {Problem.TOO_LONG}
         assert problems(sample, answer + 1) == {Problem.TOO_LONG}
-        assert problems(sample, answer) == {Problem.TOO_LONG, Problem.NOTHING_TO_LEARN}
-        assert problems(sample, images) == {Problem.TOO_LONG, Problem.NOTHING_TO_LEARN}
-        assert problems(sample, images - 1) == {Problem.IMAGES_TOO_LONG, Problem.NOTHING_TO_LEARN}
+        assert problems(sample, answer) == {Problem.NOTHING_TO_LEARN}
+        assert problems(sample, images) == {Problem.NOTHING_TO_LEARN}
+        assert problems(sample, images - 1) == {Problem.IMAGES_TOO_LONG}
 
     def test_a_template_without_generation_blocks(self, image_folder, processor):
         template = "{% for m in messages %}{{ m.role }}{% endfor %}"
@@ -208,3 +239,45 @@ class TestReport:
         report.add(SampleCheck("s", num_turns=1, problems=errors))
         assert (report.num_broken, report.problems[Problem.MISSING_IMAGE]) == (1, 2)
         assert report.examples == {Problem.MISSING_IMAGE: ["Sample 's': first"]}
+
+
+class TestTrainingSkipsTheSame:
+    def test_samples_of_all_kinds(self, image_folder, processor):
+        Image.new("1", (20_000, 1)).save(image_folder / "line.png")
+        Image.new("1", (1, 20_000)).save(image_folder / "column.png")
+        (image_folder / "broken.png").write_bytes((image_folder / "a.png").read_bytes()[:50])
+        os.mkfifo(image_folder / "pipe.png")
+        nested = "[" * 2000 + "]" * 2000
+        broken = [
+            *(llava(image=name) for name in ("line.png", "column.png", "broken.png", "pipe.png", "deep", "a\0.png")),
+            llava("<im<image>age>", image="a.png"),
+            llava("<image>" * 100, image=["a.png"] * 100),
+            llava("<image>" + "word " * 100_000, image="a.png"),
+            llava("word " * 100_000 + "<image>", image="a.png"),
+            llava("Hi", " "),
+            llava("Hi", None),
+            llava("Hi", float("nan")),
+            {"conversations": []},
+            {"conversations": nested},
+            10**30,
+        ]
+        valid = [
+            llava(image="a.png", id=10**30, boxes=[float("nan"), 1e999]),
+            llava("Hi", "word " * 100_000),
+            llava("Hi\ud800\0", "\udfff\0 there"),
+        ]
+        lines = [json.dumps(sample) for sample in (*broken, *valid)]
+        lines += [f'{{"id": {"9" * 5000}, "conversations": 1}}', f'{{"conversations": {nested}}}']
+        path = image_folder / "samples.json"
+        path.write_text("[" + ", ".join(lines) + "]")
+        dataset = load_conversations(path)
+        report = check_data(dataset, processor, max_length=500, num_workers=0)
+        assert (report.num_samples, report.num_broken) == (len(lines), len(broken) + 2)
+        assert report.problems[Problem.TOO_LONG] == 1
+        collate = FlorenceVLCollator(processor, max_length=500)
+        collate(list(dataset))
+        assert collate.num_skipped == report.num_broken
+        # Of the file's lines, too.
+        (image_folder / "samples.jsonl").write_text("\n".join(lines))
+        of_lines = check_data(load_conversations(image_folder / "samples.jsonl"), processor, max_length=500)
+        assert of_lines.problems == report.problems

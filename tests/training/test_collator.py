@@ -3,11 +3,13 @@ import copy
 
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from florence_vl_hf.processing import load_chat_template
 from florence_vl_hf.training import FlorenceVLCollator, SampleError
+from florence_vl_hf.training.samples import Problem, read_sample
 
 from ..conftest import collapse
 
@@ -17,6 +19,10 @@ def sample(golden, num_images: int = 1, answer: str = "A fox.", image: str = "od
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     images = [str(golden.image_path(image))] * num_images
     return {"id": f"{num_images} images", "messages": messages, "images": images, **more}
+
+
+def sample_of(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def collapsed_labels(batch, index: int, processor) -> list[int]:
@@ -85,18 +91,6 @@ class TestBatch:
             alone = [model(**collate([example]), num_items_in_batch=1).loss for example in samples]
         assert_close(total, sum(alone), rtol=1e-5, atol=1e-4)
 
-    def test_prompts_end_where_the_answer_begins(self, golden, processor):
-        collate = FlorenceVLCollator(processor)
-        samples = [sample(golden, 1), sample(golden, 0, answer="None at all.")]
-        inputs, answers = collate.prompts(samples)
-        assert answers == ["A fox.", "None at all."]
-        for n, example in enumerate(samples):
-            complete = collate([example])
-            start = int((complete["labels"][0] != -100).nonzero()[0])
-            prompt = inputs["input_ids"][n][inputs["attention_mask"][n].bool()]
-            assert prompt.tolist() == complete["input_ids"][0, :start].tolist()
-        assert inputs["attention_mask"][:, -1].all()
-
 
 class TestMaxLength:
     def test_text_is_truncated(self, golden, processor):
@@ -111,10 +105,57 @@ class TestMaxLength:
         example = sample(golden, 2)
         ids = FlorenceVLCollator(processor)([example])["input_ids"][0]
         end = int((ids == processor.image_token_id).nonzero()[-1]) + 1
-        fits = FlorenceVLCollator(processor, max_length=end)([example])
+        fits = FlorenceVLCollator(processor, max_length=end + 40)([example])
         assert (fits["input_ids"] == processor.image_token_id).sum() == 2 * processor.num_image_tokens
         with pytest.raises(SampleError, match="'2 images'.*do not fit.*max_length"):
             FlorenceVLCollator(processor, max_length=end - 1, on_error="raise")([example])
+
+    def test_a_sample_whose_answer_is_truncated_is_broken(self, golden, processor):
+        example = sample(golden, 1)
+        labels = FlorenceVLCollator(processor)([example])["labels"][0]
+        start = int((labels != -100).nonzero()[0])
+        assert FlorenceVLCollator(processor, max_length=start + 1)([example])["labels"][0, -1] != -100
+        with pytest.raises(SampleError, match="No answer begins within max_length"):
+            FlorenceVLCollator(processor, max_length=start, on_error="raise")([example])
+
+    @pytest.mark.parametrize("template", ["llama3", "phi3", "vicuna"])
+    @pytest.mark.parametrize("text", ["word ", "é", "\n", "-" * 40 + " 😀"])
+    def test_shortened_text_gives_the_same_batch(self, golden, processor, template, text):
+        processor = copy.deepcopy(processor)
+        processor.chat_template = load_chat_template(template, processor.tokenizer)
+        example = sample(golden, 1, answer="A" + text * (20_000 // len(text)))
+        collate = FlorenceVLCollator(processor, max_length=400)
+        complete = FlorenceVLCollator(processor)([example])
+        num_characters = sum(
+            len(item["text"] or "") for turn in collate.shorten(read_sample(example)[0]) for item in turn["content"]
+        )
+        longest = max(map(len, processor.tokenizer.get_vocab()))
+        assert num_characters <= collate.max_length * longest
+        shortened = collate([example])
+        for name in ("input_ids", "attention_mask", "labels"):
+            assert_close(shortened[name], complete[name][:, :400])
+
+    def test_long_conversations_are_shortened(self, processor):
+        messages = [{"role": role, "content": "Hi"} for role in ("user", "assistant")] * 5000
+        collate = FlorenceVLCollator(processor, max_length=300)
+        assert len(collate.shorten(read_sample({"messages": messages})[0])) <= 300
+        assert collate([{"messages": messages}])["input_ids"].shape == (1, 300)
+
+    def test_images_that_do_not_fit_are_not_opened(self, processor):
+        messages = sample_of("<image>" * 1000, "Many.")
+        with pytest.raises(SampleError, match="do not fit"):
+            collate = FlorenceVLCollator(processor, max_length=2048, on_error="raise")
+            collate([{"messages": messages, "images": ["nowhere.png"] * 1000}])
+
+
+class TestLimits:
+    def test_max_image_side(self, golden, processor):
+        example = sample(golden, 1)
+        with Image.open(golden.image_path("odd.jpg")) as image:
+            side = max(image.size)
+        FlorenceVLCollator(processor, on_error="raise", max_image_side=side)([example])
+        with pytest.raises(SampleError, match="max_image_side"):
+            FlorenceVLCollator(processor, on_error="raise", max_image_side=side - 1)([example])
 
 
 class TestBrokenSamples:
@@ -124,6 +165,15 @@ class TestBrokenSamples:
     def test_raise(self, golden, processor):
         with pytest.raises(SampleError, match="'lost'.*nowhere.png"):
             FlorenceVLCollator(processor, on_error="raise")([sample(golden, 1), self.broken(golden)])
+
+    def test_raise_in_a_worker(self, golden, processor):
+        loader = DataLoader(
+            [self.broken(golden)], num_workers=1, collate_fn=FlorenceVLCollator(processor, on_error="raise")
+        )
+        with pytest.raises(SampleError) as caught:
+            list(loader)
+        assert caught.value.problem is Problem.MISSING_IMAGE
+        assert str(caught.value).startswith("Sample 'lost': There is no image")
 
     def test_skip_counts(self, golden, processor, caplog):
         collate = FlorenceVLCollator(processor)

@@ -9,7 +9,7 @@ import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from florence_vl_hf.training import data_loading
-from florence_vl_hf.training.data_loading import ConversationFileError, load_conversations, with_lengths
+from florence_vl_hf.training.data_loading import ConversationFileError, load_conversations
 from florence_vl_hf.training.samples import Problem, SampleError, to_messages
 
 from .conversations import chat, llava, texts, write
@@ -129,7 +129,7 @@ class TestBrokenFiles:
 
     @pytest.mark.parametrize(
         "tail",
-        [b", " + b"9" * 5000 + b"]", b", [" + b"[" * 100_000, b', {"id": "\xff"}]', b"] []", b", }]", b"{}]", b""],
+        [b", [" + b"[" * 100_000, b', {"id": "\xff"}]', b"] []", b", }]", b"{}]", b""],
     )
     def test_json_that_is_broken_after_a_sample(self, image_folder, tail):
         path = write(image_folder, [llava(id="one")])
@@ -151,6 +151,26 @@ class TestBrokenFiles:
             "Got -15000000000.0",
             "Got nothing",
         ]
+
+    @pytest.mark.parametrize("block_size", [7, 1 << 20])
+    def test_values_that_python_does_not_decode(self, image_folder, monkeypatch, block_size):
+        monkeypatch.setattr(data_loading, "BLOCK_SIZE", block_size)
+        nested = '{"a": [' * 3000 + r'"}]} \"]", "\\"' + "]}" * 3000
+        items = [json.dumps(llava("One")), "9" * 5000, f'{{"id": {"9" * 5000}}}', nested, json.dumps(llava("Two"))]
+        for name, text in (("samples.json", f"[{', '.join(items)}]"), ("samples.jsonl", "\n".join(items))):
+            (image_folder / name).write_text(text)
+            samples = load_conversations(image_folder / name)
+            assert [sample["problem"] for sample in samples] == [None, *["malformed sample"] * 3, None]
+            assert "nested too deeply" in samples[3]["problem_message"]
+            assert all(len(sample["id"]) <= 200 for sample in samples)
+
+    def test_a_line_that_does_not_fit_in_memory(self, image_folder, monkeypatch):
+        monkeypatch.setattr(data_loading, "MAX_SAMPLE_SIZE", 200)
+        lines = [json.dumps(llava("One")), json.dumps(llava("x" * 1000)), " " * 500, json.dumps(llava("Two"))]
+        (image_folder / "samples.jsonl").write_text("\n".join(lines))
+        samples = load_conversations(image_folder / "samples.jsonl")
+        assert [sample["problem"] is None for sample in samples] == [True, False, True]
+        assert "Line 2 is not JSON (it is longer than 200 bytes)" in samples[1]["problem_message"]
 
     def test_json_that_is_not_a_list(self, image_folder):
         path = image_folder / "samples.json"
@@ -190,7 +210,7 @@ class TestDatasets:
 
     def check(self, samples: datasets.Dataset) -> None:
         assert samples["id"][:] == ["#1", "#2"]
-        assert {"id", "messages", "images", "problem", "problem_message"} == set(samples.column_names)
+        assert {"id", "messages", "images", "length", "problem", "problem_message"} == set(samples.column_names)
         assert texts(to_messages(samples[0]))[0] == ("user", ["8x6", "8x6", "What?"])
         assert texts(to_messages(samples[1]))[0] == ("user", ["Hi"])
 
@@ -260,28 +280,19 @@ class TestLengths:
         samples = [llava("word " * n, "word " * n) for n in (1, 3000, 5)]
         samples += [llava("<image>" * n, "Red.", image=["a.png"] * n) for n in (1, 3)]
         samples += [llava("<image>", "word " * 2000, image="a.png")]
-        loaded = with_lengths(load_conversations(write(image_folder, [*samples, {}])))
+        loaded = load_conversations(write(image_folder, [*samples, {}]))
         by_length = sorted(loaded, key=lambda sample: sample["length"])
-        assert [len(sample["images"]) for sample in by_length] == [0, 0, 0, 0, 1, 3, 1]
-        updated = with_lengths(loaded, tokens_per_image=5000)
-        assert [len(sample["images"]) for sample in sorted(updated, key=lambda sample: sample["length"])] == [
-            0,
-            0,
-            0,
-            0,
-            1,
-            1,
-            3,
-        ]
-        assert updated.column_names.count("length") == 1
-        assert with_lengths(updated)["length"][:] == loaded["length"][:]
+        assert [sample["id"] for sample in by_length] == ["#7", "#1", "#3", "#2", "#4", "#6", "#5"]
 
-    def test_are_not_computed_on_loading(self, image_folder):
-        assert "length" not in load_conversations(write(image_folder, [llava("Hi")])).column_names
+    def test_images_of_a_dataset_count(self, image_folder):
+        samples = [chat("What?" * 9, images=[]), chat("What?", images=[str(image_folder / "a.png")])]
+        dataset = datasets.Dataset.from_list(samples).cast_column("images", datasets.List(datasets.Image()))
+        lengths = load_conversations(dataset)["length"][:]
+        assert 0 < lengths[0] < lengths[1]
 
     def test_the_trainers_sampler_makes_batches_of_one_modality(self, image_folder):
         samples = [llava(f"<image> {i}", image="a.png") if i % 3 else llava("word " * i) for i in range(96)]
-        lengths = with_lengths(load_conversations(write(image_folder, samples)))["length"][:]
+        lengths = load_conversations(write(image_folder, samples))["length"][:]
         generator = torch.Generator().manual_seed(0)
         order = list(LengthGroupedSampler(4, lengths=lengths, generator=generator))
         mixed = sum(len({i % 3 > 0 for i in order[start : start + 4]}) > 1 for start in range(0, 96, 4))

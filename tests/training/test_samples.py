@@ -1,6 +1,7 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 import os
 import pickle
+import time
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,53 @@ class TestBrokenSamples:
         problem, message = problem_of(image_folder, llava(image="a.png"))
         assert (problem, "bomb" in message) == (Problem.BROKEN_IMAGE, True)
 
+    @pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (100_000, 1), (12_001, 12_001)])
+    def test_images_that_are_too_large(self, image_folder, size):
+        """A square of 20,000 pixels takes gigabytes, however small the file is."""
+        Image.new("1", size).save(image_folder / "large.png")
+        sample = load_one(image_folder, llava(image="large.png", id="large"))
+        begin = time.perf_counter()
+        with pytest.raises(
+            SampleError, match=r"'large'.*large.png.* pixels, more than `max_image_side: 12000`"
+        ) as caught:
+            to_messages(sample)
+        assert caught.value.problem is Problem.BROKEN_IMAGE
+        assert time.perf_counter() - begin < 1
+        content = (image_folder / "large.png").read_bytes()
+        for image in ({"bytes": content, "path": None}, Image.open(image_folder / "large.png")):
+            with pytest.raises(SampleError, match="max_image_side"):
+                to_messages(chat("<image>", images=[image]))
+
+    def test_large_images_of_real_data(self, image_folder):
+        Image.new("1", (12_000, 300)).save(image_folder / "panorama.png")
+        image = to_messages(load_one(image_folder, llava(image="panorama.png")))[0]["content"][0]["image"]
+        assert image.size == (12_000, 300)
+
+    def test_a_program_is_not_run(self, image_folder):
+        """Pillow would start Ghostscript."""
+        header = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n{} loop\n"
+        (image_folder / "a.eps").write_bytes(header)
+        problem, message = problem_of(image_folder, llava(image="a.eps"))
+        assert (problem, "EPS" in message) == (Problem.BROKEN_IMAGE, True)
+
+    def test_a_pipe_is_no_image(self, image_folder):
+        os.mkfifo(image_folder / "pipe.png")
+        assert problem_of(image_folder, llava(image="pipe.png"))[0] is Problem.MISSING_IMAGE
+
+    @pytest.mark.parametrize("sample", [3, None, "Hi", [], {}, {"problem_message": None}, {"messages": 10**5000}])
+    def test_python_objects_of_any_kind(self, sample):
+        with pytest.raises(SampleError, match="expected an object with a list of turns"):
+            to_messages(sample)
+
+    def test_values_that_have_no_text(self):
+        nested: Any = []
+        for _ in range(100_000):
+            nested = [nested]
+        for value in (nested, 10**5000, {"role": nested}, {"role": 10**5000}, "x" * 10**7):
+            with pytest.raises(SampleError, match="Got the turn") as caught:
+                to_messages({"id": 10**5000, "messages": [value]})
+            assert len(str(caught.value)) < 300
+
     def test_an_error_comes_back_from_another_process(self, image_folder):
         with pytest.raises(SampleError) as caught:
             to_messages(load_one(image_folder, llava("Hi", image="a.png")))
@@ -177,6 +225,18 @@ class TestImages:
             8,
             6,
         )
+
+    @pytest.mark.parametrize(
+        ("name", "mode"),
+        [("a.jpg", "CMYK"), ("b.png", "I;16"), ("c.png", "LA"), ("d.tif", "F"), ("e.gif", "P"), ("f.png", "1")],
+    )
+    def test_modes(self, image_folder, name, mode):
+        image = Image.new(mode, (8, 6))
+        image.save(
+            image_folder / name, save_all=name.endswith("gif"), append_images=[image] * 2 * name.endswith("gif")
+        )
+        opened = to_messages(load_one(image_folder, llava(image=name)))[0]["content"][0]["image"]
+        assert (opened.mode, opened.size) == ("RGB", (8, 6))
 
     @pytest.mark.parametrize("form", ["image", "path", "bytes", "path in dict"])
     def test_forms(self, image_folder, form):

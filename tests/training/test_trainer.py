@@ -11,10 +11,10 @@ from florence_vl_hf.training import (
     FlorenceVLTrainingArguments,
     load_conversations,
     set_trainable,
-    with_lengths,
+    to_messages,
 )
 from florence_vl_hf.training.stages import part_of
-from florence_vl_hf.training.trainer import exact_match
+from florence_vl_hf.training.trainer import TrainingError, exact_match
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def make_trainer(converted, processor, output_dir, samples, stage="finetune", on
     model = AutoModelForImageTextToText.from_pretrained(converted, dtype=torch.float32)
     set_trainable(model, stage)
     args = FlorenceVLTrainingArguments(
-        output_dir=str(output_dir), use_cpu=True, disable_tqdm=True, save_strategy="no", **settings
+        output_dir=str(output_dir), use_cpu=True, disable_tqdm=True, **{"save_strategy": "no", **settings}
     )
     collator = FlorenceVLCollator(processor, max_length=2048, on_error=on_error)
     return FlorenceVLTrainer(model, args, collator, train_dataset=samples, eval_dataset=samples)
@@ -148,32 +148,50 @@ class TestLogits:
 
 class TestEvaluation:
     def separate_answers(self, trainer, samples) -> list[str]:
-        """Answers of the model to one sample at a time."""
+        """Answers of the model to one sample at a time, without labels or padding."""
         answers = []
         for sample in samples:
-            inputs, _ = trainer.data_collator.prompts([sample])
+            inputs = trainer.processing_class.apply_chat_template(
+                to_messages(sample)[:-1],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
             output_ids = trainer.model.generate(**inputs, max_new_tokens=5, do_sample=False)
             new_ids = output_ids[0, inputs["input_ids"].shape[1] :]
             answers.append(trainer.processing_class.decode(new_ids, skip_special_tokens=True))
         return answers
 
-    def test_answers_of_a_batch_are_those_of_single_questions(self, converted, processor, tmp_path, samples):
+    @pytest.mark.parametrize("batch_size", [3, 8])
+    def test_answers_are_those_of_single_questions(self, converted, processor, tmp_path, samples, batch_size):
+        settings = {"predict_with_generate": True, "generation_max_new_tokens": 5}
         trainer = make_trainer(
-            converted, processor, tmp_path, samples, predict_with_generate=True, generation_max_new_tokens=5
+            converted, processor, tmp_path, samples, per_device_eval_batch_size=batch_size, **settings
         )
         expected = self.separate_answers(trainer, samples)
-        answers, references = trainer.generate_answers(samples)
-        assert answers == expected
-        assert references == [sample["messages"][-1]["content"][0]["text"] for sample in samples]
+        measured = []
 
         def answered_as_expected(answers: list[str], references: list[str]) -> dict[str, float]:
+            measured.append((answers, references))
             return exact_match(answers, [*expected[:-2], "no", "no"])
 
         trainer.answer_metric = answered_as_expected
-        measured = trainer.evaluate()
-        assert measured["eval_exact_match"] == 0.75
-        assert measured["eval_loss"] > 0
+        metrics = trainer.evaluate()
+        assert measured == [(expected, [sample["messages"][-1]["content"][0]["text"] for sample in samples])]
+        assert metrics["eval_exact_match"] == 0.75
+        assert metrics["eval_loss"] > 0
         assert trainer.state.log_history[-1]["eval_exact_match"] == 0.75
+
+    def test_broken_samples_have_no_answer(self, converted, processor, tmp_path, samples):
+        broken = samples.select([0, 1]).map(lambda sample: {"images": ["nowhere.png"]})
+        samples = datasets.concatenate_datasets([broken, samples.select([2]), broken])
+        settings = {"predict_with_generate": True, "generation_max_new_tokens": 2, "per_device_eval_batch_size": 2}
+        trainer = make_trainer(converted, processor, tmp_path, samples, on_error="skip", **settings)
+        trainer.answer_metric = lambda answers, references: {"answers": len(answers), "references": len(references)}
+        metrics = trainer.evaluate()
+        assert (metrics["eval_answers"], metrics["eval_references"]) == (1, 1)
+        assert trainer.total_skipped() == 4
 
     @pytest.mark.parametrize("returned", [0.5, None, {"accuracy": "high"}, {"accuracy": {"a": 1}}])
     def test_a_metric_without_a_dict_of_floats(self, converted, processor, tmp_path, samples, returned):
@@ -200,24 +218,66 @@ def test_exact_match_compares_complete_answers():
     assert exact_match(["A fox.", " A fox.\n", "a fox.", ""], ["A fox."] * 4) == {"exact_match": 0.5}
 
 
+@pytest.fixture
+def broken(samples):
+    return samples.select([0, 1]).map(lambda sample: {"images": ["nowhere.png"]})
+
+
 class TestBrokenSamples:
-    def test_a_batch_of_broken_samples_changes_nothing(self, converted, processor, tmp_path, samples):
-        broken = samples.select([0, 1]).map(lambda sample: {"images": ["nowhere.png"]})
+    def test_a_batch_of_broken_samples_changes_nothing(self, converted, processor, tmp_path, samples, broken):
+        mixed = datasets.concatenate_datasets([broken, samples.select([2])])
+        settings = {"per_device_train_batch_size": 2, "max_steps": 1, "logging_steps": 1, "weight_decay": 0.0}
         trainer = make_trainer(
-            converted, processor, tmp_path, broken, on_error="skip", max_steps=1, logging_steps=1, weight_decay=0.0
+            converted, processor, tmp_path, mixed, on_error="skip", train_sampling_strategy="sequential", **settings
         )
         before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
-        trainer.train()
+        with pytest.raises(TrainingError, match="All samples of the run are broken"):
+            trainer.train()
         assert_close(dict(trainer.model.named_parameters()), before, rtol=0, atol=0)
         first = trainer.state.log_history[0]
         assert (first["loss"], first["skipped_samples"]) == (0.0, 2)
-        assert trainer.evaluate()["eval_loss"] == 0.0
-        assert trainer.total_skipped() == 4
+        assert trainer.total_skipped() == 2
+
+    @pytest.mark.parametrize("batch_size", [1, 2, 8])
+    def test_do_not_count_in_the_loss(self, converted, processor, tmp_path, samples, broken, batch_size):
+        mixed = datasets.concatenate_datasets([broken, samples.select([2, 3]), broken, samples.select([4])])
+        settings = {"per_device_eval_batch_size": batch_size, "on_error": "skip"}
+        trainer = make_trainer(converted, processor, tmp_path, mixed, **settings)
+        losses = [trainer.model(**trainer.data_collator([samples[i]])).loss for i in (2, 3, 4)]
+        assert_close(trainer.evaluate()["eval_loss"], torch.stack(losses).mean().item(), rtol=1e-5, atol=0)
+
+    def test_have_no_result(self, converted, processor, tmp_path, broken, caplog):
+        settings = {"predict_with_generate": True, "generation_max_new_tokens": 2}
+        trainer = make_trainer(converted, processor, tmp_path, broken, on_error="skip", **settings)
+        assert not {"eval_loss", "eval_exact_match"} & trainer.evaluate().keys()
+        assert "No sample was evaluated" in caplog.text
+
+
+class TestNothingLearned:
+    def test_no_checkpoint(self, converted, processor, tmp_path, samples, broken):
+        mixed = datasets.concatenate_datasets([broken, samples.select([2])])
+        settings = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 1, "max_steps": 3}
+        trainer = make_trainer(
+            converted, processor, tmp_path, mixed, on_error="skip", train_sampling_strategy="sequential", **settings
+        )
+        trainer.train()
+        assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+    @pytest.mark.parametrize("settings", [{}, {"learning_rate": 1e30, "max_grad_norm": 0.0, "optim": "sgd"}])
+    def test_loss_that_is_not_finite(self, converted, processor, tmp_path, samples, settings):
+        settings = {"save_strategy": "steps", "save_steps": 4, "per_device_train_batch_size": 2, **settings}
+        trainer = make_trainer(converted, processor, tmp_path, samples, **settings)
+        is_lost = "learning_rate" not in settings
+        if is_lost:
+            torch.nn.init.constant_(trainer.model.lm_head.weight, torch.nan)
+        with pytest.raises(TrainingError, match="not finite at step 0" if is_lost else "not finite at step 4"):
+            trainer.train()
+        assert not list(tmp_path.glob("checkpoint-*"))
 
 
 @pytest.mark.slow
 def test_grouping_separates_samples_with_and_without_images(converted, processor, tmp_path, samples):
-    grouped = with_lengths(datasets.concatenate_datasets([samples] * 50), processor.num_image_tokens)
+    grouped = datasets.concatenate_datasets([samples] * 50)
     has_images = [bool(images) for images in grouped["images"]]
     trainer = make_trainer(
         converted,

@@ -24,6 +24,7 @@ from florence_vl_hf.training import train
 from florence_vl_hf.training.stages import part_of
 
 from ..conftest import FIXTURES, Golden, status
+from .conversations import llava
 
 
 # Trains with the recipe in its first argument, and is killed when half of the second checkpoint's optimizer states are
@@ -256,6 +257,54 @@ class TestMistakes:
         assert status("train", path) == 0
         assert "'sample-0'" in caplog.text and "Skipping a broken sample" in caplog.text
         assert "| skipped | 1 broken sample," in (Path(recipe["output_dir"]) / "README.md").read_text()
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("reason", ["broken", "not finite"])
+    def test_a_run_that_learns_nothing_is_a_failure(self, recipe, data_file, tmp_path, capsys, reason):
+        recipe |= {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
+        if reason == "broken":
+            samples = [{**sample, "image": "nowhere.png"} for sample in json.loads(data_file.read_text())]
+            data_file.write_text(json.dumps(samples))
+        else:
+            recipe |= {"learning_rate": 1e30, "optim": "sgd", "max_grad_norm": 0.0}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        for _ in range(2):
+            assert status("train", path) == 1
+            assert reason in capsys.readouterr().err
+            output = Path(recipe["output_dir"])
+            assert not (output / "model.safetensors").exists() and not (output / "README.md").exists()
+            assert not list(output.glob("checkpoint-4"))
+
+    @pytest.mark.slow
+    def test_broken_evaluation_samples(self, recipe, tmp_path):
+        (tmp_path / "eval.json").write_text(json.dumps([llava(image="nowhere.png")] * 3))
+        metrics = train(recipe | {"eval_file": str(tmp_path / "eval.json"), "predict_with_generate": True})
+        assert metrics["train_loss"] > 0 and not {"eval_loss", "eval_exact_match"} & metrics.keys()
+        assert "| evaluation |" not in (Path(recipe["output_dir"]) / "README.md").read_text()
+
+    def test_output_dir_with_inputs(self, recipe, tmp_path, monkeypatch):
+        data = Path(recipe["train_file"]).rename(tmp_path / "data.json")
+        (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "data.json").symlink_to(data)
+        monkeypatch.chdir(tmp_path)
+        for train_file, output_dir in [
+            (str(data), str(tmp_path)),
+            ("data.json", "."),
+            ("link/data.json", str(tmp_path)),
+            (str(data), "link"),
+            ("elsewhere/data.json", "elsewhere"),
+            ("elsewhere/data.json", str(tmp_path)),
+        ]:
+            before = sorted(tmp_path.rglob("*"))
+            with pytest.raises(ValueError, match="data.json is in `output_dir: .*choose another"):
+                train(recipe | {"train_file": train_file, "output_dir": output_dir})
+            assert sorted(tmp_path.rglob("*")) == before
+        model = recipe["model_name_or_path"]
+        for given in ({"output_dir": model}, {"output_dir": recipe["image_folder"]}):
+            with pytest.raises(ValueError, match="is in `output_dir"):
+                train(recipe | {"train_file": "data.json"} | given)
 
     @pytest.mark.parametrize(
         ("given", "message"),

@@ -23,6 +23,7 @@ def check_data(
     workers: Annotated[int | None, Option(help="Number of processes. By default, one per core.", min=0)] = None,
     split: Annotated[str, Option(help="Split of a dataset that has several.")] = "train",
     show: Annotated[int, Option(help="Number of samples to name for each kind of problem.", min=0)] = 5,
+    max_image_side: Annotated[int | None, Option(help="As in recipes: a longer image is a problem.", min=1)] = None,
     report: Annotated[Path | None, Option(help="Write every problem to this .jsonl file.")] = None,
 ) -> None:
     """Check all conversations and images before training. The exit code is 1 if there are problems."""
@@ -30,7 +31,12 @@ def check_data(
     from ..processing import FlorenceVLProcessor
     from ..training import check_data as checks
     from ..training import load_conversations
+    from ..training.samples import MAX_IMAGE_SIDE
 
+    if report is not None and report.exists() and Path(file).exists() and report.samefile(file):
+        raise FileExistsError(
+            f"{report} exists and is not a report, but the data; choose another file for the report."
+        )
     if chat_template is not None and model is None:
         raise typer.BadParameter("It requires the tokenizer of a --model.", param_hint="--chat-template")
     if model is None:
@@ -46,6 +52,7 @@ def check_data(
         chat_template=chat_template,
         num_workers=workers,
         num_examples=show,
+        max_image_side=max_image_side or MAX_IMAGE_SIDE,
         report_file=report,
     )
     typer.echo(checks.format_report(result))

@@ -10,7 +10,7 @@ if find_spec("datasets") is None:
 from .adapters import lora_config, lora_target_modules, merge_adapter, quantization_config
 from .arguments import RECIPES, FlorenceVLTrainingArguments, read_recipe
 from .collator import FlorenceVLCollator
-from .data_loading import load_conversations, with_lengths
+from .data_loading import load_conversations
 from .samples import SampleError, to_messages
 from .stages import STAGES, register_training_hook, set_trainable
 from .trainer import FlorenceVLTrainer
@@ -34,5 +34,4 @@ __all__ = [
     "set_trainable",
     "to_messages",
     "train",
-    "with_lengths",
 ]

@@ -10,7 +10,6 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.utils import logging
 
 from ..conversion import CheckpointError, load_pretrained
 from ..conversion.checkpoint_files import CHECKPOINT_FILES, output_directory, read_json, resolve_checkpoint
@@ -18,8 +17,6 @@ from ..model_cards import CARD_FILE, MergedCard, read_metadata, read_training, w
 from ..modeling import FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
 
-
-logger = logging.get_logger(__name__)
 
 PROJECTOR = "multi_modal_projector"
 FILES = (*CHECKPOINT_FILES, "*.jinja", CARD_FILE)
@@ -45,12 +42,6 @@ def lora_target_modules(model: nn.Module) -> str:
     names = [name for name, module in language_model.named_modules() if isinstance(module, nn.Linear)]
     if not names:
         raise ValueError(f"{type(language_model).__name__} has no linear layer; use peft's `target_parameters`.")
-    parameters = [name for name, weight in language_model.named_parameters() if weight.dim() == 3 and "expert" in name]
-    if experts := sorted({".".join(name.split(".")[-2:]) for name in parameters}):
-        logger.warning_once(
-            f"LoRA does not change the experts, which are not linear layers. To train them too, pass "
-            f"`target_parameters={experts}` and `dropout=0` to `lora_config`."
-        )
     # One alternative for all layers that differ only in their number.
     paths = (r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split(".")) for name in names)
     return rf"(?:model\.)?language_model\.(?:{'|'.join(dict.fromkeys(paths))})"
@@ -73,7 +64,8 @@ def lora_config(
         alpha (`float`, *optional*, defaults to 16): Updates are scaled by `alpha / rank`.
         dropout (`float`, *optional*, defaults to 0.05): Dropout on the input of LoRA layers.
         train_projector (`bool`, *optional*, defaults to `False`): Whether to train the projector too, in full.
-        settings: Further arguments of `peft.LoraConfig`, such as `use_dora` or `target_parameters`.
+        settings: Further arguments of `peft.LoraConfig`, such as `use_dora`; or `target_parameters` and `dropout=0`,
+            to train the experts of a mixture too, which are not linear layers.
     """
     return LoraConfig(
         r=rank,

@@ -1,8 +1,8 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Settings of a training run, and recipes: YAML files of such settings."""
 
+import os
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
@@ -15,6 +15,7 @@ from huggingface_hub.dataclasses import type_validator
 from transformers import HfArgumentParser, TrainingArguments
 
 from .collator import OnError
+from .samples import MAX_IMAGE_SIDE
 from .stages import Stage
 
 
@@ -81,16 +82,24 @@ class DataArguments:
     chat_template: str | None = setting("llama3, phi3, vicuna or plain (captions). By default, the model's.", None)
     do_pad: bool | None = setting("Pad images to squares before resizing. By default, as in the processor.", None)
     max_length: int = setting("Truncate samples to this many tokens. Image tokens count, and are never cut.", 2048)
+    max_image_side: int = setting("In pixels. An image with a longer side is broken.", MAX_IMAGE_SIDE)
     on_error: OnError = setting("Skip and count broken samples, or raise an error.", "skip")
 
     def __post_init__(self) -> None:
-        if self.max_length < 1:
-            raise ValueError(f"Got `max_length: {self.max_length}`, expected at least 1.")
+        for name in ("max_length", "max_image_side"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Got `{name}: {getattr(self, name)}`, expected at least 1.")
 
     @property
     def eval_files(self) -> dict[str | None, str]:
         """Evaluation sets by name; `None` is the name of a single one."""
         return {None: self.eval_file} if isinstance(self.eval_file, str) else dict((self.eval_file or {}).items())
+
+    @property
+    def paths(self) -> list[str]:
+        """All data, of which some may be Hub ids."""
+        folders = (self.image_folder, self.eval_image_folder)
+        return [self.train_file, *self.eval_files.values(), *filter(None, folders)]
 
 
 @dataclass
@@ -104,6 +113,16 @@ class FlorenceVLTrainingArguments(TrainingArguments):
     generation_max_new_tokens: int = setting("Maximum length of an answer, in tokens.", 64)
     answer_metric: str = setting("exact_match, or package.module:function of answers and references.", "exact_match")
     auto_resume: bool = setting("Resume from the last checkpoint in `output_dir`. With false, one is an error.", True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Recipes are written for machines with many cores.
+        self.dataloader_num_workers = min(self.dataloader_num_workers, num_cores())
+
+
+def num_cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 ARGUMENT_CLASSES: tuple[Any, ...] = (ModelArguments, DataArguments, FlorenceVLTrainingArguments)
@@ -201,22 +220,14 @@ def parse_recipe(recipe: dict[str, Any]) -> tuple[ModelArguments, DataArguments,
 def _convert(name: str, value: Any) -> Any:
     """Convert a value to the type of a setting where that loses nothing, and refuse any other."""
     expected = SETTINGS[name].annotation
-    for candidate in _interpretations(name, value):
+    # A number or a boolean may be in quotes.
+    parsed = _parse_yaml(value, name) if isinstance(value, str) else value
+    of_number = [float(parsed), str(parsed)] if type(parsed) in (int, float) else []
+    for candidate in (value, parsed, *of_number, [value]):
         with suppress(TypeError):
             type_validator(name, candidate, expected)
             return candidate
     raise ValueError(f"Got `{name}: {value!r}`, expected {formatannotation(expected)}.")
-
-
-def _interpretations(name: str, value: Any) -> Iterator[Any]:
-    yield value
-    if isinstance(value, str):  # a number or a boolean in quotes
-        value = _parse_yaml(value, name)
-        yield value
-    if type(value) in (int, float):
-        yield float(value)
-        yield str(value)
-    yield [value]
 
 
 def describe_settings() -> str:

@@ -4,12 +4,10 @@
 import copy
 import json
 import os
-from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,8 +17,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..processing import FlorenceVLProcessor, load_chat_template
-from .collator import IGNORED_LABEL, FlorenceVLCollator
-from .samples import Problem, SampleError, open_image, read_sample
+from .arguments import num_cores
+from .collator import FlorenceVLCollator
+from .samples import MAX_IMAGE_SIDE, Problem, SampleError, open_image, read_sample, require_answer, with_images
 
 
 # Reported, but not an error.
@@ -92,6 +91,7 @@ def check_data(
     chat_template: str | None = None,
     num_workers: int | None = None,
     num_examples: int = 5,
+    max_image_side: int = MAX_IMAGE_SIDE,
     report_file: str | Path | None = None,
 ) -> DataReport:
     """
@@ -104,6 +104,7 @@ def check_data(
         chat_template (`str`, *optional*): One of `CHAT_TEMPLATES`, or a template. By default, the processor's own.
         num_workers (`int`, *optional*): Processes that read samples; 0 is this one. By default, one per core.
         num_examples (`int`, *optional*, defaults to 5): How many messages of each problem the report holds.
+        max_image_side (`int`, *optional*, defaults to 12,000): An image with a longer side, in pixels, is broken.
         report_file (`str` or `Path`, *optional*): A file to write every problem to, as one line of JSON with `id`,
             `problem` and `message`. An existing file is overwritten if it is such a report.
 
@@ -116,15 +117,13 @@ def check_data(
             chat_template = load_chat_template(chat_template, processor.tokenizer, processor.image_token)
         processor = copy.copy(processor)
         processor.chat_template = chat_template or processor.chat_template
-        collator = FlorenceVLCollator(processor)
-    if num_workers is None:
-        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        collator = FlorenceVLCollator(processor, max_length)
     batches = DataLoader(
         dataset,
         batch_size=SAMPLES_PER_BATCH,
         # Starting a process takes longer than reading a few samples.
-        num_workers=min(num_workers, len(dataset) // SAMPLES_PER_BATCH),
-        collate_fn=partial(_check_samples, collator=collator, max_length=max_length),
+        num_workers=min(num_cores() if num_workers is None else num_workers, len(dataset) // SAMPLES_PER_BATCH),
+        collate_fn=partial(_check_samples, collator=collator, max_image_side=max_image_side),
     )
     report = DataReport(max_length, num_examples)
     checks = (check for batch in batches for check in batch)
@@ -138,25 +137,29 @@ def check_data(
 
 
 def _open_report(path: Path) -> TextIO:
-    if path.is_file():
+    if path.is_file() and path.stat().st_size:
         with open(path, encoding="utf-8", errors="replace") as file:
             line = file.readline(1 << 20)
-        if line and not all(key in line for key in ('{"id": "', '", "problem": "', '", "message": "')):
+        try:
+            is_report = set(json.loads(line)) == {"id", "problem", "message"}
+        except (TypeError, ValueError):
+            is_report = False
+        if not is_report:
             raise FileExistsError(f"{path} exists and is not a report; choose another file for the report.")
     return open(path, "w", encoding="utf-8")
 
 
 def _check_samples(
-    samples: list[dict[str, Any]], collator: FlorenceVLCollator | None, max_length: int
+    samples: list[dict[str, Any]], collator: FlorenceVLCollator | None, max_image_side: int
 ) -> list[SampleCheck]:
     checks = [SampleCheck(sample["id"]) for sample in samples]
     for sample, check in zip(samples, checks, strict=True):
-        check.problems = list(_find_problems(sample, check, collator, max_length))
+        check.problems = list(_find_problems(sample, check, collator, max_image_side))
     return checks
 
 
 def _find_problems(
-    sample: dict[str, Any], check: SampleCheck, collator: FlorenceVLCollator | None, max_length: int
+    sample: dict[str, Any], check: SampleCheck, collator: FlorenceVLCollator | None, max_image_side: int
 ) -> Iterator[SampleError]:
     """Find all problems of a sample, and set the counts of `check`."""
     try:
@@ -164,42 +167,30 @@ def _find_problems(
     except SampleError as error:
         yield error
         return
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    check.num_images, check.num_turns = len(images), len(answers)
+    check.num_images = len(images)
+    check.num_turns = sum(message["role"] == "assistant" for message in messages)
     for image in images:
         try:
-            open_image(image)
+            open_image(image, max_image_side)
         except SampleError as error:
             yield error
-    has_text = any(item["text"].strip() for answer in answers for item in answer)
-    if not has_text:
-        yield SampleError("No answer has any text; remove the sample.", Problem.NOTHING_TO_LEARN)
-    if collator is None:
-        return
-    blank_images = [Image.new("RGB", (1, 1))] * len(images)
-    encoded = collator.encode({**sample, "images": blank_images}, **UNPROCESSED)
-    ids, labels = encoded["input_ids"].tolist(), encoded["labels"].tolist()
-    check.num_tokens = len(ids)
-    limit = f"{max_length:,} tokens; increase max_length, or remove the sample."
-    if collator.processor.image_token_id in ids[max_length:]:
-        yield SampleError(f"Its images do not fit into {limit}", Problem.IMAGES_TOO_LONG)
-    elif len(ids) > max_length:
-        yield SampleError(f"It has {len(ids):,} tokens, and is truncated to {limit}", Problem.TOO_LONG)
-    if has_text and set(labels) == {IGNORED_LABEL}:
-        reason = "The chat template has no {% generation %} around the answers; use one that has."
-        yield SampleError(reason, Problem.NOTHING_TO_LEARN)
-    elif has_text and set(labels[:max_length]) == {IGNORED_LABEL}:
-        yield SampleError(f"Its first answer begins after {limit}", Problem.NOTHING_TO_LEARN)
-
-
-def _sum(counter: Counter[int]) -> int:
-    return sum(value * count for value, count in counter.items())
+    try:
+        require_answer(messages)
+        if collator is not None:
+            blank_images = [Image.new("RGB", (1, 1))] * len(images)
+            encoded = collator.tokenize(with_images(collator.shorten(messages), blank_images), **UNPROCESSED)
+            check.num_tokens = len(encoded["input_ids"])
+            if check.num_tokens > len(collator.truncate(encoded)["input_ids"]):
+                reason = f"It has more than {collator.max_length:,} tokens, and is truncated; increase max_length."
+                yield SampleError(reason, Problem.TOO_LONG)
+    except SampleError as error:
+        yield error
 
 
 def format_report(report: DataReport) -> str:
     """Format a report for a terminal."""
     num_parsed, num_without = report.turns.total(), report.images[0]
-    num_turns, num_images = _sum(report.turns), _sum(report.images)
+    num_turns, num_images = (sum(counter.elements()) for counter in (report.turns, report.images))
     unreadable = f", {report.num_samples - num_parsed:,} unreadable" if num_parsed < report.num_samples else ""
     lines = [
         f"{report.num_samples:,} samples: {num_parsed - num_without:,} with images ({num_images:,} images), "
@@ -213,17 +204,16 @@ def format_report(report: DataReport) -> str:
             if count > len(messages):
                 lines.append(f"  … and {count - len(messages):,} more")
     note = "Lengths were not counted; set --model to count them with the model's tokenizer."
-    if num_counted := report.lengths.total():
-        lengths = sorted(report.lengths)
-        ranks = list(accumulate(report.lengths[length] for length in lengths))
-        values = {"mean": _sum(report.lengths) / num_counted}
-        for name, share in QUANTILES.items():
-            values[name] = lengths[bisect_right(ranks, round(share * (num_counted - 1)))]
-        formatted = ", ".join(f"{name} {value:,.0f}" for name, value in values.items())
-        note = f"Tokens per sample: {formatted}; max_length is {report.max_length:,}."
-    lines += ["", note, ""]
+    if lengths := sorted(report.lengths.elements()):
+        values = {name: lengths[round(share * (len(lengths) - 1))] for name, share in QUANTILES.items()}
+        formatted = ", ".join(f"{name} {value:,}" for name, value in values.items())
+        note = (
+            f"Tokens per sample: mean {sum(lengths) / len(lengths):,.0f}, {formatted}; "
+            f"max_length is {report.max_length:,}."
+        )
     broken = f"{report.num_broken:,} of {report.num_samples:,} samples have problems."
-    return "\n".join([*lines, f"All {report.num_samples:,} samples are valid." if report.is_sound else broken])
+    lines += ["", note, "", f"All {report.num_samples:,} samples are valid." if report.is_sound else broken]
+    return "\n".join(lines)
 
 
 __all__ = ["DataReport", "SampleCheck", "check_data", "format_report"]

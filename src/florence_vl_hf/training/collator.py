@@ -2,15 +2,27 @@
 """Padded batches of conversations, with labels on the assistant's answers."""
 
 import multiprocessing
-from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+import sys
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
+from torch._utils import ExceptionWrapper
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
 from ..processing import FlorenceVLProcessor
-from .samples import Problem, SampleError, sample_id, to_messages
+from .samples import (
+    MAX_IMAGE_SIDE,
+    Problem,
+    SampleError,
+    open_image,
+    read_sample,
+    require_answer,
+    sample_id,
+    with_images,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -19,7 +31,16 @@ IGNORED_LABEL = -100
 
 # What to do with a broken sample: skip and count it, or raise its error.
 OnError = Literal["skip", "raise"]
-T = TypeVar("T")
+
+
+class _WorkerError(ExceptionWrapper):
+    """An error of a data worker. `DataLoader` would put the worker's traceback into the message."""
+
+    def __init__(self, error: SampleError) -> None:
+        self.error = error
+
+    def reraise(self) -> None:
+        raise self.error
 
 
 class FlorenceVLCollator:
@@ -36,14 +57,20 @@ class FlorenceVLCollator:
         on_error (`str`, *optional*, defaults to `"skip"`): What to do with a broken sample. `skip` removes it from the
             batch, warns, and counts it in `num_skipped`; if no sample is left, the batch is one token without labels,
             because other processes wait for this one. `raise` raises its `SampleError`.
+        max_image_side (`int`, *optional*, defaults to 12,000): A sample whose image has a longer side is broken.
     """
 
     def __init__(
-        self, processor: FlorenceVLProcessor, max_length: int | None = None, on_error: OnError = "skip"
+        self,
+        processor: FlorenceVLProcessor,
+        max_length: int | None = None,
+        on_error: OnError = "skip",
+        max_image_side: int = MAX_IMAGE_SIDE,
     ) -> None:
         self.processor = processor
         self.max_length = max_length
         self.on_error = on_error
+        self.max_image_side = max_image_side
         # Shared with the workers of a `DataLoader`, which collate.
         self._num_skipped = multiprocessing.get_context("spawn").Value("q", 0)
 
@@ -52,7 +79,7 @@ class FlorenceVLCollator:
         """The number of broken samples skipped so far, by this process and its data workers."""
         return self._num_skipped.value
 
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: list[dict[str, Any]]) -> Any:
         """
         Collate samples of `load_conversations`, or any that `to_messages` accepts.
 
@@ -67,7 +94,20 @@ class FlorenceVLCollator:
         tokenizer = self.processor.tokenizer
         token = {"input_ids": tokenizer.eos_token_id, "attention_mask": 1, "labels": IGNORED_LABEL}
         padding = {**token, "input_ids": tokenizer.pad_token_id, "attention_mask": 0}
-        encoded = self._read(samples, self.encode) or [{name: torch.tensor([i]) for name, i in token.items()}]
+        encoded = []
+        for sample in samples:
+            try:
+                encoded.append(self.encode(sample))
+            except SampleError as error:
+                error.sample_id = sample_id(sample)
+                if self.on_error == "raise":
+                    if get_worker_info() is None:
+                        raise
+                    return _WorkerError(error)
+                with self._num_skipped.get_lock():
+                    self._num_skipped.value += 1
+                logger.warning(f"Skipping a broken sample. {error}")
+        encoded = encoded or [{name: torch.tensor([i]) for name, i in token.items()}]
         batch = {
             name: pad_sequence([sample[name] for sample in encoded], batch_first=True, padding_value=value)
             for name, value in padding.items()
@@ -76,32 +116,43 @@ class FlorenceVLCollator:
             batch["pixel_values"] = torch.cat(pixel_values)
         return batch
 
-    def prompts(self, samples: list[dict[str, Any]]) -> tuple[dict[str, torch.Tensor], list[str]]:
-        """
-        Build the prompts of samples up to their last answers, for evaluation with `generate`.
+    def encode(self, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Encode one sample as a batch without its first dimension, or raise a `SampleError`."""
+        messages, images = read_sample(sample)
+        messages = self.shorten(messages)
+        opened = [open_image(image, self.max_image_side) for image in images]
+        return self.truncate(self.tokenize(with_images(messages, opened)))
 
-        Returns:
-            `tuple[dict[str, torch.Tensor], list[str]]`: The inputs of `generate`, padded on the left, and the last
-            answers. Both are empty if all samples are broken.
-        """
-        conversations = self._read(samples, to_messages)
-        if not conversations:
-            return {}, []
-        inputs = self.processor.apply_chat_template(
-            [messages[:-1] for messages in conversations],
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        )
-        answers = ["".join(item["text"] for item in messages[-1]["content"]) for messages in conversations]
-        return dict(inputs), answers
+    def shorten(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Remove text that `max_length` truncates in any case, since it takes time and memory to encode."""
+        require_answer(messages)
+        # In characters. Each message has a token at least.
+        num_left = sys.maxsize if self.max_length is None else self.max_length * self._longest_token
+        shortened: list[dict[str, Any]] = []
+        for message in messages:
+            content = []
+            for item in message["content"]:
+                if item["type"] == "image":
+                    content.append(item)
+                    num_left -= self.processor.num_image_tokens * self._longest_token
+                    if num_left < 0:
+                        raise self._images_too_long()
+                elif num_left > 0:
+                    content.append({**item, "text": item["text"][:num_left]})
+                    num_left -= len(item["text"])
+            if content:
+                shortened.append({**message, "content": content})
+            num_left -= self._longest_token
+        return shortened
 
-    def encode(self, sample: dict[str, Any], **images_kwargs: Any) -> dict[str, torch.Tensor]:
-        """Encode one sample as a batch without its first dimension, or raise its `SampleError`."""
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self.processor.tokenizer.get_vocab()))
+
+    def tokenize(self, messages: list[dict[str, Any]], **images_kwargs: Any) -> dict[str, torch.Tensor]:
+        """Encode messages with their images, without truncation, and build labels."""
         encoded = self.processor.apply_chat_template(
-            to_messages(sample),
+            messages,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
@@ -112,26 +163,29 @@ class FlorenceVLCollator:
             },
         )
         input_ids, is_answer = torch.tensor([*encoded["input_ids"], *encoded["assistant_masks"]])
-        if self.max_length is not None and self.processor.image_token_id in input_ids[self.max_length :]:
-            reason = f"Its images do not fit into {self.max_length} tokens; increase max_length, or remove the sample."
-            raise SampleError(reason, Problem.IMAGES_TOO_LONG, sample_id(sample))
         labels = input_ids.masked_fill(is_answer == 0, IGNORED_LABEL)
         features = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
-        features = {name: values[: self.max_length] for name, values in features.items()}
         return features | ({"pixel_values": encoded["pixel_values"]} if "pixel_values" in encoded else {})
 
-    def _read(self, samples: list[dict[str, Any]], read: Callable[[dict[str, Any]], T]) -> list[T]:
-        results = []
-        for sample in samples:
-            try:
-                results.append(read(sample))
-            except SampleError as error:
-                if self.on_error == "raise":
-                    raise
-                with self._num_skipped.get_lock():
-                    self._num_skipped.value += 1
-                logger.warning(f"Skipping a broken sample. {error}")
-        return results
+    def truncate(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Truncate an encoded sample to `max_length`, or raise a `SampleError` if that leaves nothing to learn."""
+        if self.max_length is not None:
+            if self.processor.image_token_id in features["input_ids"][self.max_length :]:
+                raise self._images_too_long()
+            texts = {name: features[name][: self.max_length] for name in ("input_ids", "attention_mask", "labels")}
+            features = features | texts
+        # The model learns the next token: nothing comes before the first one.
+        if not features["labels"][1:].ne(IGNORED_LABEL).any():
+            reason = (
+                f"No answer begins within max_length, {self.max_length} tokens; increase it, or use a chat template "
+                f"with {{% generation %}} around the answers."
+            )
+            raise SampleError(reason, Problem.NOTHING_TO_LEARN)
+        return features
+
+    def _images_too_long(self) -> SampleError:
+        reason = f"Its images do not fit into {self.max_length} tokens; increase max_length, or remove the sample."
+        return SampleError(reason, Problem.IMAGES_TOO_LONG)
 
 
 __all__ = ["IGNORED_LABEL", "FlorenceVLCollator", "OnError"]

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import pyarrow as pa
@@ -17,9 +17,10 @@ from .samples import Sample, SampleError, parse_sample, sample_id, to_utf8
 
 
 # Part of the key in the cache of `datasets`: increase it when the same file is to give other samples.
-CACHE_VERSION = 3
-# Added to the length of samples with images. Text alone is shorter, so samples without images sort first.
-LENGTH_OF_IMAGES = 1 << 20
+CACHE_VERSION = 4
+# Lengths are estimated, without a tokenizer. An image is longer than any text, so that batches grouped by length hold
+# samples with equally many images: the original groups by modality first, too.
+LENGTH_OF_IMAGE = 1 << 20
 # An estimate that holds for English and Chinese.
 BYTES_PER_TOKEN = 4
 # In characters. A file of JSON is read in blocks, and one sample is held in memory.
@@ -27,6 +28,9 @@ BLOCK_SIZE = 1 << 20
 MAX_SAMPLE_SIZE = 1 << 26
 # Between the items of a JSON list. The closing bracket is left.
 SEPARATOR = re.compile(r"\s*(?:,\s*|(?=\]))")
+STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*(?:"|$)|[\[\]{}]', re.DOTALL)
+
+NESTED_TOO_DEEPLY = "It is nested too deeply; expected messages of text and images, correct or remove it."
 
 TEXT = datasets.Value("string")
 FEATURES = datasets.Features(
@@ -34,6 +38,7 @@ FEATURES = datasets.Features(
         "id": TEXT,
         "messages": datasets.List({"role": TEXT, "content": datasets.List({"type": TEXT, "text": TEXT})}),
         "images": datasets.List(TEXT),
+        "length": datasets.Value("int64"),
         "problem": TEXT,
         "problem_message": TEXT,
     }
@@ -60,8 +65,9 @@ def load_conversations(
 
     Returns:
         `datasets.Dataset`: The columns `id`, `messages` (as in `Sample`), `images` (paths, or a dataset's own
-        undecoded images in its column `images` or `image`), and `problem` (a `Problem`) and `problem_message`, `None`
-        for valid samples. Invalid samples stay in the dataset; `to_messages` raises their `SampleError`.
+        undecoded images in its column `images` or `image`), `length` (an estimate, which the Trainer's
+        `train_sampling_strategy="group_by_length"` sorts by), and `problem` (a `Problem`) and `problem_message`,
+        `None` for valid samples. Invalid samples stay in the dataset; `to_messages` raises their `SampleError`.
 
     Raises:
         ConversationFileError: If there is no such file, or it is not a list, is truncated, or has no samples.
@@ -76,37 +82,6 @@ def load_conversations(
         raise ConversationFileError(f"There is no file {path}; expected a file of conversations.")
     version = f"{CACHE_VERSION}: {path.stat().st_size} bytes, modified {path.stat().st_mtime_ns}"
     return _parse_all({"source": str(path.resolve()), "image_folder": image_folder, "version": version})
-
-
-def with_lengths(dataset: datasets.Dataset, tokens_per_image: int = 577) -> datasets.Dataset:
-    """
-    Add the column `length`, which the Trainer's `train_sampling_strategy="group_by_length"` sorts by.
-
-    Lengths are estimated, without a tokenizer. All samples with images are longer than those without: most batches
-    then hold one kind, as in the original, which groups by modality first. (This makes the column unfit for
-    `batch_rebalance`, which balances sums of lengths.)
-
-    Args:
-        dataset (`datasets.Dataset`): A dataset of `load_conversations`.
-        tokens_per_image (`int`, *optional*, defaults to 577): `num_image_tokens` of the model's configuration.
-    """
-    lengths = dataset.select_columns("messages").map(
-        _estimate_length,
-        fn_kwargs={"tokens_per_image": tokens_per_image},
-        remove_columns="messages",
-        features=datasets.Features({"length": datasets.Value("int64")}),
-        desc="Lengths",
-    )
-    others = dataset.select_columns([name for name in dataset.column_names if name != "length"])
-    return datasets.concatenate_datasets([others, lengths], axis=1)
-
-
-def _estimate_length(sample: dict[str, Any], tokens_per_image: int) -> dict[str, int]:
-    texts = [item["text"] for message in sample["messages"] for item in message["content"]]
-    length = sum(len(text.encode()) for text in texts if text is not None) // BYTES_PER_TOKEN
-    if num_images := texts.count(None):
-        return {"length": LENGTH_OF_IMAGES + length + num_images * tokens_per_image}
-    return {"length": min(length, LENGTH_OF_IMAGES - 1)}
 
 
 def _parse_all(arguments: dict[str, Any]) -> datasets.Dataset:
@@ -132,9 +107,20 @@ def _parse_samples(
             parsed = parse_sample(raw, image_folder)
         except SampleError as error:
             problem, message = error.problem.value, to_utf8(error.reason)
-        columns = {"id": sample_id(raw) or f"#{number}", "messages": parsed.messages}
-        columns["images"] = parsed.images if image_column is None else []
-        yield {**columns, "problem": problem, "problem_message": message}
+        yield {
+            "id": sample_id(raw) or f"#{number}",
+            "messages": parsed.messages,
+            "images": parsed.images if image_column is None else [],
+            "length": _estimate_length(parsed),
+            "problem": problem,
+            "problem_message": message,
+        }
+
+
+def _estimate_length(sample: Sample) -> int:
+    texts = (item["text"] for message in sample.messages for item in message["content"])
+    num_bytes = sum(len(text.encode()) for text in texts if text is not None)
+    return min(num_bytes // BYTES_PER_TOKEN, LENGTH_OF_IMAGE - 1) + len(sample.images) * LENGTH_OF_IMAGE
 
 
 def _read_file(path: str) -> Iterator[tuple[int, Any]]:
@@ -152,7 +138,6 @@ def _read_file(path: str) -> Iterator[tuple[int, Any]]:
 
 def _read_json(path: str) -> Iterator[Any]:
     """Decode a JSON list item by item: lists of millions of samples do not fit in memory."""
-    decode = json.JSONDecoder().raw_decode
     with open(path, encoding="utf-8-sig") as file:
         text = file.read(BLOCK_SIZE).lstrip()
         if not text.startswith("["):
@@ -161,7 +146,7 @@ def _read_json(path: str) -> Iterator[Any]:
         text, position = text[1:].lstrip(), 0
         while not text.startswith("]", position):
             try:
-                item, end = decode(text, position)
+                item, end = _decode_item(text, position)
                 separator = SEPARATOR.match(text, end)
                 if separator is None:
                     raise json.JSONDecodeError("Expecting ',' or ']'", text, end)
@@ -178,14 +163,49 @@ def _read_json(path: str) -> Iterator[Any]:
             raise ValueError("there is more text after the list")
 
 
+def _parse_int(digits: str) -> int | str:
+    # Python refuses to convert more than a few thousand digits. No sample has such a number for a good reason.
+    return int(digits) if len(digits) < 100 else digits
+
+
+DECODER = json.JSONDecoder(parse_int=_parse_int)
+
+
+def _decode_item(text: str, position: int) -> tuple[Any, int]:
+    """Return the JSON value that begins at a position, and where it ends."""
+    try:
+        return DECODER.raw_decode(text, position)
+    except RecursionError:
+        depth = 0
+        for match in STRING_OR_BRACKET.finditer(text, position):
+            depth += (match[0] in "[{") - (match[0] in "]}")
+            if depth == 0:
+                return SampleError(NESTED_TOO_DEEPLY), match.end()
+        raise json.JSONDecodeError("Unterminated list or object", text, position) from None
+
+
 def _read_json_lines(path: str) -> Iterator[tuple[int, Any]]:
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line := line.removeprefix(b"\xef\xbb\xbf").strip():
-                try:
-                    yield number, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    yield number, SampleError(f"Line {number} is not JSON ({error}); correct it, or remove it.")
+        for number, line in enumerate(_read_lines(file), 1):
+            line = line.removeprefix(b"\xef\xbb\xbf").strip()
+            try:
+                if len(line) > MAX_SAMPLE_SIZE:
+                    raise ValueError(f"it is longer than {MAX_SAMPLE_SIZE} bytes")
+                if line:
+                    yield number, DECODER.decode(line.decode())
+            except RecursionError:
+                yield number, SampleError(NESTED_TOO_DEEPLY)
+            except ValueError as error:
+                yield number, SampleError(f"Line {number} is not JSON ({error}); correct it, or remove it.")
+
+
+def _read_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Read lines, of which long ones are cut: a file without line ends may not fit in memory."""
+    while line := file.readline(MAX_SAMPLE_SIZE + 1):
+        end = line
+        while len(end) > MAX_SAMPLE_SIZE and not end.endswith(b"\n"):
+            end = file.readline(MAX_SAMPLE_SIZE + 1)
+        yield line
 
 
 def _find_dataset(path: Path, split: str) -> datasets.Dataset:
@@ -236,4 +256,4 @@ def _read_dataset(dataset: datasets.Dataset, image_column: str | None) -> Iterat
             yield raw
 
 
-__all__ = ["ConversationFileError", "load_conversations", "with_lengths"]
+__all__ = ["ConversationFileError", "load_conversations"]

@@ -3,6 +3,7 @@
 
 import os
 import re
+import reprlib
 from dataclasses import dataclass
 from enum import StrEnum
 from io import BytesIO
@@ -16,6 +17,11 @@ from ..processing import IMAGE_TOKEN
 
 
 ROLES = tuple(LLAVA_ROLES.values())
+# The longest side of an image, in pixels: far longer than of any in real data. Its square is built where images are
+# padded, which costs memory and time even if the file has a few hundred bytes.
+MAX_IMAGE_SIDE = 12_000
+# Names in messages are not longer.
+MAX_ID_LENGTH = 200
 # With `text`, because Arrow gives all items the same keys.
 IMAGE_ITEM = {"type": "image", "text": None}
 
@@ -53,13 +59,14 @@ class Sample(NamedTuple):
     images: list[Any]
 
 
-def to_messages(sample: dict[str, Any]) -> list[dict[str, Any]]:
+def to_messages(sample: dict[str, Any], max_image_side: int = MAX_IMAGE_SIDE) -> list[dict[str, Any]]:
     """
     Convert a sample to messages for `FlorenceVLProcessor.apply_chat_template`, and open its images.
 
     Args:
         sample (`dict`): From `load_conversations`; or any `dict` with `messages` and `images`, or with LLaVA's keys.
             An image is a path, a `PIL.Image.Image`, or an undecoded image of `datasets` (`{"bytes", "path"}`).
+        max_image_side (`int`, *optional*, defaults to 12,000): An image with a longer side, in pixels, is broken.
 
     Returns:
         `list[dict]`: Messages whose image items hold the images: `{"type": "image", "image": PIL.Image.Image}`.
@@ -69,24 +76,36 @@ def to_messages(sample: dict[str, Any]) -> list[dict[str, Any]]:
     """
     try:
         messages, images = read_sample(sample)
-        opened = iter([open_image(image) for image in images])
+        return with_images(messages, [open_image(image, max_image_side) for image in images])
     except SampleError as error:
         error.sample_id = sample_id(sample)
         raise
 
+
+def with_images(messages: list[dict[str, Any]], images: list[Image.Image]) -> list[dict[str, Any]]:
+    """Put images into the image items of messages, in order."""
+    remaining = iter(images)
+
     def with_image(item: dict[str, Any]) -> dict[str, Any]:
-        return {"type": "image", "image": next(opened)} if item["type"] == "image" else item
+        return {"type": "image", "image": next(remaining)} if item["type"] == "image" else item
 
     return [{"role": turn["role"], "content": [with_image(item) for item in turn["content"]]} for turn in messages]
 
 
 def read_sample(sample: dict[str, Any]) -> Sample:
     """Return a sample that `load_conversations` parsed, or parse one that does not come from there."""
-    if "problem_message" not in sample:
+    if not (isinstance(sample, dict) and {"problem", "problem_message"} <= sample.keys()):
         return parse_sample(sample)
     if sample["problem"] is not None:
         raise SampleError(sample["problem_message"], Problem(sample["problem"]))
     return Sample(sample["messages"], _list_images(sample))
+
+
+def require_answer(messages: list[dict[str, Any]]) -> None:
+    """Raise a `SampleError` if no answer has any text."""
+    answers = [item["text"] for message in messages if message["role"] == "assistant" for item in message["content"]]
+    if not any(text.strip() for text in answers):
+        raise SampleError("No answer has any text; remove the sample.", Problem.NOTHING_TO_LEARN)
 
 
 def parse_sample(raw: Any, image_folder: str | None = None) -> Sample:
@@ -126,14 +145,19 @@ def parse_sample(raw: Any, image_folder: str | None = None) -> Sample:
 def sample_id(raw: Any) -> str | None:
     """Return the id of a sample in any format, to name it in messages."""
     value = raw.get("id") if isinstance(raw, dict) else None
-    return to_utf8(str(value)) if isinstance(value, str | int) and value != "" else None
+    if isinstance(value, int) and value.bit_length() > 64:
+        return None
+    return to_utf8(str(value)[:MAX_ID_LENGTH]) if isinstance(value, str | int) and value != "" else None
 
 
-def open_image(image: Any) -> Image.Image:
+def open_image(image: Any, max_side: int = MAX_IMAGE_SIDE) -> Image.Image:
     """
     Read an image completely, rotated upright and in RGB as the processor reads a path, and close its file.
 
     Transparency is dropped, as in the original: of an image that has it, the processor's pixels differ by release.
+
+    Raises:
+        SampleError: If there is no such file, it is not an image, or a side has more than `max_side` pixels.
     """
     content = None
     if isinstance(image, dict):
@@ -143,13 +167,22 @@ def open_image(image: Any) -> Image.Image:
         raise SampleError(f"There is no image {name}; add it, or set the image folder.", Problem.MISSING_IMAGE)
     try:
         if isinstance(image, Image.Image):
-            return load_image(image)
+            return _read_pixels(image, max_side)
         with Image.open(image if content is None else BytesIO(content)) as opened:
-            return load_image(opened)
+            return _read_pixels(opened, max_side)
     except Exception as error:
         # Pillow's decoders raise many types for damaged files, and for what may be a decompression bomb.
         reason = f"Cannot read the image {name} ({' '.join(str(error).split())}); replace it, or remove the sample."
         raise SampleError(reason, Problem.BROKEN_IMAGE) from error
+
+
+def _read_pixels(image: Image.Image, max_side: int) -> Image.Image:
+    # Up to here, Pillow has read only the header.
+    if max(image.size) > max_side:
+        raise ValueError(f"it has {image.width} x {image.height} pixels, more than `max_image_side: {max_side}`")
+    if image.format == "EPS":
+        raise ValueError("an EPS file is a program")
+    return load_image(image)
 
 
 def to_utf8(text: str) -> str:
@@ -195,8 +228,15 @@ def _resolve(image: Any, image_folder: str) -> str:
     return to_utf8(path)
 
 
+class _Shortened(reprlib.Repr):
+    """`repr` in bounded time and depth, also of integers with more digits than Python prints."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return str(x) if x.bit_length() <= 64 else f"an integer of {x.bit_length()} bits"
+
+
 def _shorten(value: Any) -> str:
-    text = "nothing" if value is None else repr(value)
+    text = "nothing" if value is None else _Shortened().repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

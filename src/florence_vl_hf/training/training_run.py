@@ -25,10 +25,10 @@ from .adapters import lora_config, quantization_config
 from .arguments import DataArguments, FlorenceVLTrainingArguments, ModelArguments, parse_recipe
 from .checkpoints import last_complete_checkpoint
 from .collator import FlorenceVLCollator
-from .data_loading import load_conversations, with_lengths
+from .data_loading import load_conversations
 from .samples import SampleError
 from .stages import STAGES, count_trained, log_trained, set_trainable
-from .trainer import AnswerMetric, FlorenceVLTrainer, exact_match
+from .trainer import AnswerMetric, FlorenceVLTrainer, TrainingError, exact_match
 
 
 logger = logging.get_logger(__name__)
@@ -53,24 +53,24 @@ def train(recipe: dict[str, Any]) -> dict[str, float]:
     Raises:
         ValueError: If a setting is wrong, or settings do not fit together.
         SampleError: If a sample is broken, and `on_error` is `raise`.
+        TrainingError: If nothing is learned. No model is saved then.
     """
     model_arguments, data_arguments, args = parse_recipe(recipe)
     answer_metric = load_answer_metric(args.answer_metric)
     check_model_type(model_arguments.model_name_or_path)
     if args.eval_strategy != "no" and not data_arguments.eval_files:
         raise ValueError("Got an `eval_strategy` but no `eval_file`; add one.")
+    refuse_to_overwrite(Path(str(args.output_dir)), model_arguments.model_name_or_path, *data_arguments.paths)
     set_seed(args.seed)
     with args.main_process_first(desc="reading the data"):
         train_dataset, eval_datasets = load_datasets(data_arguments)
     model, processor = load_model(model_arguments, data_arguments, args)
-    if args.train_sampling_strategy == "group_by_length":
-        with args.main_process_first(desc="computing lengths"):
-            train_dataset = with_lengths(train_dataset, processor.num_image_tokens)
-
     trainer = FlorenceVLTrainer(
         model=model,
         args=args,
-        data_collator=FlorenceVLCollator(processor, data_arguments.max_length, data_arguments.on_error),
+        data_collator=FlorenceVLCollator(
+            processor, data_arguments.max_length, data_arguments.on_error, data_arguments.max_image_side
+        ),
         answer_metric=answer_metric,
         train_dataset=train_dataset,
         eval_dataset=eval_datasets.get(None, eval_datasets or None),
@@ -81,8 +81,9 @@ def train(recipe: dict[str, Any]) -> dict[str, float]:
         prefix = "eval" if name is None else f"eval_{name}"
         measured = _last_evaluation(trainer, prefix) or trainer.evaluate(dataset, metric_key_prefix=prefix)
         results = {key.removeprefix(f"{prefix}_"): value for key, value in measured.items() if key.startswith(prefix)}
-        evaluations[name or "evaluation"] = {key: results[key] for key in results if key not in NOT_RESULTS}
         metrics.update(measured)
+        if results := {key: results[key] for key in results if key not in NOT_RESULTS}:
+            evaluations[name or "evaluation"] = results
 
     trainer.save_model()
     trainer.save_state()
@@ -97,6 +98,15 @@ def train(recipe: dict[str, Any]) -> dict[str, float]:
     if args.push_to_hub:
         trainer.push_to_hub()
     return metrics
+
+
+def refuse_to_overwrite(output_dir: Path, *inputs: str) -> None:
+    """Raise a `ValueError` if a local model, or data, is in the output directory, however its path is written."""
+    for path in map(Path, inputs if output_dir.exists() else ()):
+        if path.exists() and any(
+            directory.samefile(output_dir) for directory in (path, *path.absolute().parents, *path.resolve().parents)
+        ):
+            raise ValueError(f"{path} is in `output_dir: {output_dir}`, which a run writes to; choose another one.")
 
 
 def load_answer_metric(name: str) -> AnswerMetric:
@@ -179,7 +189,8 @@ def train_or_resume(trainer: FlorenceVLTrainer) -> dict[str, float]:
         return trainer.train(resume_from_checkpoint=str(checkpoint)).metrics
     except (KeyError, RuntimeError, ValueError) as error:
         step = str(checkpoint).rpartition("-")[2]
-        if isinstance(error, SampleError) or not step.isdecimal() or trainer.state.global_step > int(step):
+        is_of_run = isinstance(error, SampleError | TrainingError)
+        if is_of_run or not step.isdecimal() or trainer.state.global_step > int(step):
             raise
         raise ValueError(
             f"The run cannot resume from {checkpoint}: {error}. If the recipe changed, choose another `output_dir`."
