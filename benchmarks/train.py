@@ -1,14 +1,10 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Train a synthetic model on synthetic data, to measure the throughput and the peak memory of training settings.
-
-python benchmarks/train.py            # samples per second and peak memory
-python benchmarks/train.py --memory   # planned (`florence-vl plan-memory`) and measured peak memory
-"""
+"""Train a synthetic model on synthetic data, to measure the throughput and the peak memory of training settings."""
 
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -19,8 +15,6 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from florence_vl_hf import FlorenceVLConfig, FlorenceVLForConditionalGeneration
-from florence_vl_hf.modeling.transformers_compat import enable_checkpointing
-from florence_vl_hf.planning import TrainingSetup, plan_memory
 from florence_vl_hf.training.adapters import lora_config
 from florence_vl_hf.training.collator import IGNORED_LABEL
 from florence_vl_hf.training.stages import STAGES, set_trainable
@@ -28,6 +22,19 @@ from florence_vl_hf.training.trainer import learned_positions
 
 
 MIB = 2**20
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """Settings of a training run. By default, all parameters are trained in float32, and nothing is recomputed."""
+
+    stage: str = "pretrain"
+    batch_size: int = 4
+    max_length: int = 256
+    mixed_precision: bool = False
+    gradient_checkpointing: bool = False
+    lora_rank: int | None = None
+    attention: str = "sdpa"
 
 
 def small_config(**changes: Any) -> FlorenceVLConfig:
@@ -76,7 +83,7 @@ def make_model(config: FlorenceVLConfig, setup: TrainingSetup) -> nn.Module:
     """Build a model with random weights, prepared for training."""
     torch.manual_seed(0)
     model = FlorenceVLForConditionalGeneration._from_config(
-        config, dtype=getattr(torch, setup.dtype), attn_implementation=setup.attention
+        config, dtype=torch.float32, attn_implementation=setup.attention
     )
     model.config.text_config.use_cache = False
     model.train()
@@ -86,7 +93,7 @@ def make_model(config: FlorenceVLConfig, setup: TrainingSetup) -> nn.Module:
         model = get_peft_model(model, lora_config(model, rank=setup.lora_rank, train_projector=train_projector))
         model.train()
     if setup.gradient_checkpointing:
-        enable_checkpointing(model.get_base_model() if setup.lora_rank is not None else model)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
@@ -114,7 +121,7 @@ def make_step(
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
     def step(batch: dict[str, torch.Tensor]) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=setup.uses_autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=setup.mixed_precision):
             loss = model(**batch, **learned_positions(batch["labels"])).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -148,15 +155,7 @@ def measure_peak(config: FlorenceVLConfig, setup: TrainingSetup) -> int:
     return persistent + max(itertools.accumulate(num_bytes for _, num_bytes in events))
 
 
-# The baseline: all parameters trained in float32, without gradient checkpointing.
-BASE = TrainingSetup(
-    stage="pretrain",
-    batch_size=4,
-    max_length=256,
-    dtype="float32",
-    mixed_precision=False,
-    gradient_checkpointing=False,
-)
+BASE = TrainingSetup()
 SPEED_SETUPS = {
     "pretrain": BASE,
     "batches grouped by length": BASE,
@@ -165,25 +164,6 @@ SPEED_SETUPS = {
     "bf16": replace(BASE, mixed_precision=True),
     "finetune: frozen tower": replace(BASE, stage="finetune"),
     "LoRA": replace(BASE, stage="finetune", lora_rank=16),
-}
-
-# Setups whose peaks occur in different places: loss, language model, vision tower, optimizer step.
-MEMORY_SETUPS = {
-    "pretrain, batch 1": replace(BASE, batch_size=1, max_length=512, gradient_checkpointing=True),
-    "pretrain, batch 4": replace(BASE, batch_size=4, max_length=512, gradient_checkpointing=True),
-    "pretrain, batch 4, nothing recomputed": replace(BASE, batch_size=4, max_length=512),
-    "pretrain, short text": replace(BASE, batch_size=4, max_length=64, gradient_checkpointing=True),
-    "pretrain, batch 2, eager attention": replace(BASE, batch_size=2, max_length=512, attention="eager"),
-    "finetune, batch 2": replace(BASE, stage="finetune", batch_size=2, max_length=512, gradient_checkpointing=True),
-    "finetune, batch 2, nothing recomputed": replace(BASE, stage="finetune", batch_size=2, max_length=512),
-    "finetune, short text": replace(BASE, stage="finetune", batch_size=1, max_length=64, gradient_checkpointing=True),
-    "projector, batch 2": replace(BASE, stage="projector", batch_size=2, max_length=512, gradient_checkpointing=True),
-    "LoRA, batch 2": replace(
-        BASE, stage="finetune", lora_rank=16, batch_size=2, max_length=512, gradient_checkpointing=True
-    ),
-    "LoRA, batch 2, nothing recomputed": replace(BASE, stage="finetune", lora_rank=16, batch_size=2, max_length=512),
-    "finetune, bf16": replace(BASE, stage="finetune", batch_size=2, max_length=512, mixed_precision=True),
-    "pretrain, bf16 weights": replace(BASE, dtype="bfloat16", batch_size=2, max_length=512),
 }
 
 
@@ -219,26 +199,13 @@ def compare_speed(num_steps: int) -> None:
         typer.echo(f"{name:<28}{speed:>12.2f}{speed / first[0]:>8.2f}{peak / MIB:>12.0f}{peak / first[1]:>8.2f}")
 
 
-def compare_memory() -> None:
-    """Print planned and measured peak memory of each setup, as a Markdown table."""
-    typer.echo("| | planned, MiB | measured, MiB | planned / measured |")
-    typer.echo("| --- | ---: | ---: | ---: |")
-    for name, setup in MEMORY_SETUPS.items():
-        planned, measured = plan_memory(small_config(), setup).total, measure_peak(small_config(), setup)
-        typer.echo(f"| {name} | {planned / MIB:.1f} | {measured / MIB:.1f} | {planned / measured:.3f} |")
-
-
 def main(
-    memory: Annotated[bool, typer.Option("--memory", help="Compare planned and measured memory instead.")] = False,
     steps: Annotated[int, typer.Option(help="Training steps per measurement.", min=1)] = 8,
     threads: Annotated[int, typer.Option(help="Threads of PyTorch.", min=1)] = 2,
 ) -> None:
     """Measure training setups, and print a table."""
     torch.set_num_threads(threads)
-    if memory:
-        compare_memory()
-    else:
-        compare_speed(steps)
+    compare_speed(steps)
 
 
 if __name__ == "__main__":

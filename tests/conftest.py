@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from florence_vl_hf import FlorenceVLConfig, FlorenceVLForConditionalGeneration, FlorenceVLProcessor
@@ -55,6 +56,19 @@ class Golden:
 
     def pixel_values(self, names: list[str]) -> torch.Tensor:
         return self.tensors["pixel_values"][[self.reference["images"].index(name) for name in names]]
+
+    def forward_inputs(self, forward: dict[str, Any], config: FlorenceVLConfig) -> dict[str, torch.Tensor]:
+        """Return a recorded batch with `num_image_tokens` of the model for each of the original's placeholders."""
+        inputs, images = {}, []
+        for name, padding in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
+            rows = []
+            for row, ids, values in zip(forward["rows"], forward["input_ids"], forward[name], strict=True):
+                counts = [config.num_image_tokens if i == IMAGE_PLACEHOLDER else 1 for i in ids]
+                rows.append(torch.tensor(values).repeat_interleave(torch.tensor(counts)))
+                images += [row["image"]] * ids.count(IMAGE_PLACEHOLDER) * (name == "input_ids")
+            inputs[name] = pad_sequence(rows, batch_first=True, padding_value=padding)
+        inputs["input_ids"][inputs["input_ids"] == IMAGE_PLACEHOLDER] = config.image_token_id
+        return {**inputs, "pixel_values": self.pixel_values(images)} if images else inputs
 
     def messages(self, dialog: int, image: str = "odd.jpg") -> list[dict[str, Any]]:
         """Return a recorded dialog as messages, with its image in place of the image token."""

@@ -65,7 +65,7 @@ def test_training(model, processor, data_file, golden, tmp_path):
 
 
 def test_files_of_the_table_exist():
-    rooms = "modeling|processing|conversion|model_cards|training|planning|serving|cli"
+    rooms = "modeling|processing|conversion|model_cards|training|serving|cli"
     paths = re.findall(rf"`((?:{rooms})/[\w./*]+)`", README)
     assert len(paths) > 15
     for path in paths:

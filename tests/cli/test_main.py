@@ -22,7 +22,6 @@ COMMANDS = [
     "convert",
     "export",
     "merge",
-    "plan-memory",
     "push",
     "train",
     "verify",

@@ -30,28 +30,6 @@ class TestCheckData:
         assert "--model" in capfd.readouterr().err
 
 
-class TestPlanMemory:
-    @pytest.mark.slow
-    def test_without_a_recipe_it_is_a_table(self, capfd):
-        assert status("plan-memory") == 0
-        assert "| finetune 8B |" in capfd.readouterr().out
-
-    def test_changes_of_the_recipe_and_options(self, recipe, capfd):
-        changes = ["--set", "max_length=32", "--set", "per_device_train_batch_size=3"]
-        assert status("plan-memory", recipe, *changes, "--num-gpus", "2", "--sharding", "fsdp2") == 0
-        printed = capfd.readouterr().out
-        assert "2 GPUs, fsdp2, 3 samples of 32 " in printed
-
-    @pytest.mark.slow
-    def test_shape_of_a_published_model(self, recipe, capfd):
-        assert status("plan-memory", recipe, "--shape", "3b") == 0
-        assert "3,8" in capfd.readouterr().out  # language model of 3.8 billion parameters
-
-    def test_original_checkpoint(self, recipe, capfd):
-        assert status("plan-memory", recipe, "--set", f"model_name_or_path={ORIGINAL}") == 0
-        assert "million parameters" in capfd.readouterr().out
-
-
 class TestTrain:
     def test_settings_need_no_recipe(self, capfd):
         assert status("train", "--settings") == 0

@@ -215,7 +215,7 @@ class TestDecoder:
     def test_of_another_size_is_refused(self, llama, tmp_path):
         with pytest.raises(CheckpointError, match="as --vision-tower"):
             read_as_original(llama, PHI_TOWER)
-        with pytest.raises(CheckpointError, match="missing: language_model.model.decoder"):
+        with pytest.raises(CheckpointError, match="missing: .*language_model.model.decoder"):
             read_as_original(llama, LLAMA.vision_tower)
 
 
@@ -278,12 +278,12 @@ class TestTextConfig:
             (
                 "qwen2",
                 {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-                "rope scaling 'linear'",
+                "'rope_type': 'linear'",
             ),
             (
                 "phi3",
                 {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4}},
-                "partial_rotary_factor 0.5",
+                "'partial_rotary_factor': 0.5",
             ),
             ("gemma", {}, "type 'gemma'"),
         ],

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from florence_vl_hf.conversion.key_mapping import to_converted, to_first_release, to_original
+from florence_vl_hf.conversion.key_mapping import TIED_WORDS, to_converted, to_original
 
 
 def test_every_name_of_an_original_is_known_and_comes_back(golden):
@@ -46,30 +46,33 @@ def test_names(original, converted, transposed):
     assert (original, transposed) in [(back.name, back.transposed) for back in to_original(converted)]
 
 
-def test_table_of_words_goes_back_to_the_names_that_are_stored_too():
+def test_embedding_table_goes_back_to_the_names_that_are_stored():
     names = to_original("model.vision_tower.encoder.embed_tokens.weight")
-    parts = [name.name.removeprefix("model.vision_tower.vision_tower.language_model.") for name in names]
-    assert [part for part, name in zip(parts, names, strict=True) if not name.alias] == [
-        "model.shared.weight",
-        "lm_head.weight",
+    prefix = "model.vision_tower.vision_tower."
+    assert [name.name.removeprefix(prefix) for name in names] == [
+        "language_model.model.shared.weight",
+        "language_model.lm_head.weight",
     ]
-    assert len(parts) == len(set(parts)) == 4
+    assert {to_converted(prefix + name).name for name in TIED_WORDS} == {
+        "model.vision_tower.encoder.embed_tokens.weight"
+    }
+    assert TIED_WORDS[0] == "language_model.model.shared.weight" and len(TIED_WORDS) == len(set(TIED_WORDS)) == 6
 
 
 @pytest.mark.parametrize(
-    ("native", "first_release"),
+    ("native", "converted"),
     [
-        ("model.vision_tower.convs.0.conv.weight", "vision_tower.convs.0.proj.weight"),
-        ("vision_tower.convs.0.conv.weight", "vision_tower.convs.0.proj.weight"),
-        ("model.multi_modal_projector.image_projection.weight", "image_projection"),
-        ("model.language_model.shared.weight", "language_model.model.shared.weight"),
-        ("language_model.decoder.layers.0.fc1.bias", "language_model.model.decoder.layers.0.fc1.bias"),
-        ("lm_head.weight", "language_model.lm_head.weight"),
+        ("vision_tower.convs.0.conv.weight", "backbone.convs.0.conv.weight"),
+        ("multi_modal_projector.image_projection.weight", "image_projector.image_projection.weight"),
+        ("language_model.encoder.layers.0.fc1.bias", "encoder.layers.0.fc1.bias"),
+        ("language_model.shared.weight", "encoder.embed_tokens.weight"),
+        ("lm_head.weight", "encoder.embed_tokens.weight"),
+        ("language_model.decoder.layers.0.fc1.bias", None),
     ],
 )
-def test_names_of_transformers_own_florence_2(native, first_release):
-    mapped = to_first_release(native)
-    assert (mapped.name, mapped.transposed) == (first_release, first_release == "image_projection")
+def test_names_of_transformers_own_florence_2(native, converted):
+    mapped = to_converted("model.vision_tower.vision_tower." + native)
+    assert (mapped.name, mapped.transposed) == (converted and f"model.vision_tower.{converted}", False)
 
 
 def test_decoder_is_known_but_not_used():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -20,8 +21,10 @@ from florence_vl_hf.conversion import (
     is_original,
     load_original,
     load_pretrained,
+    load_processor,
     read_original,
 )
+from florence_vl_hf.conversion.original_checkpoint import read_settings
 
 from ..conftest import Golden, tiny_model
 from .conftest import LLAMA, all_tensors, edit_config, remove_weights
@@ -176,6 +179,37 @@ def test_adapter_of_peft(source, tmp_path):
     assert_close(loaded.eval()(input_ids=input_ids).logits, wrapped(input_ids=input_ids).logits)
     with wrapped.disable_adapter():
         assert not torch.allclose(wrapped(input_ids=input_ids).logits, loaded(input_ids=input_ids).logits)
+
+
+def test_processor_of_a_model_in_either_layout(source, processor):
+    assert load_processor(source).tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("has_tower_config", [True, False])
+def test_settings_require_weights_of_the_hub_only_without_a_tower_config(has_tower_config, tmp_path, monkeypatch):
+    """Without the configuration of its vision tower, the sizes of the tower are those of its weights."""
+    repository = Path(shutil.copytree(LLAMA.checkpoint, tmp_path / "repository"))
+    if has_tower_config:
+        shutil.copytree(LLAMA.vision_tower, repository / "vision_tower")
+    downloads = []
+
+    def download(repo_id: str, allow_patterns: list[str]) -> str:
+        downloads.append(allow_patterns)
+        files = filter_repo_objects(
+            [str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()],
+            allow_patterns=allow_patterns,
+        )
+        for file in files:
+            (tmp_path / "cache" / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(repository / file, tmp_path / "cache" / file)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr("florence_vl_hf.conversion.checkpoint_files.snapshot_download", download)
+    expected = convert(repository, tmp_path / "converted")
+    settings = read_settings("user/repository")
+    assert settings.config.to_dict() == {**expected.config.to_dict(), "dtype": None}
+    assert settings.processor.num_image_tokens == expected.processor.num_image_tokens
+    assert bool(list((tmp_path / "cache").rglob("*.safetensors"))) != has_tower_config
 
 
 def test_is_original(original, converted, tmp_path):

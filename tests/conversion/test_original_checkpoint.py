@@ -88,7 +88,7 @@ class TestRefusals:
     def test_misshapen_tensor(self, llama_copy):
         name = "model.vision_tower.vision_tower.image_projection"
         edit_shard(llama_copy, lambda tensors: tensors.update({name: torch.zeros(8, 96)}))
-        self.refuse(llama_copy, rf"{name} in .* has shape \(8, 96\), expected \(96, 8\)")
+        self.refuse(llama_copy, rf"transpose of {name} in .* has shape \(96, 8\), expected \(8, 96\)")
 
     def test_no_weights(self, llama_copy):
         remove_weights(llama_copy)

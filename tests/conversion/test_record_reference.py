@@ -17,8 +17,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText
 
 from florence_vl_hf import FlorenceVLForConditionalGeneration
-from florence_vl_hf.conversion.reference import IMAGE_TOKEN_INDEX, RECORD_SCRIPT, forward_inputs
-from florence_vl_hf.conversion.verification import Verdict, agrees, verify
+from florence_vl_hf.conversion.reference import IMAGE_TOKEN_INDEX, RECORD_SCRIPT, expand_image_tokens
+from florence_vl_hf.conversion.verification import Tolerances, Verdict, agrees, verify
 
 from ..conftest import Golden
 
@@ -92,8 +92,8 @@ class Original(nn.Module):
 
     def _inputs(self, input_ids: torch.Tensor, images: torch.Tensor) -> dict[str, torch.Tensor]:
         self.mm_projector(*self.vision_tower(images))
-        forward = {"rows": [{"image": ""}], "input_ids": input_ids.tolist()}
-        return {**forward_inputs(forward, self.ours[0].config)[0], "pixel_values": images}
+        token_ids = expand_image_tokens(input_ids[0].tolist(), self.ours[0].config)
+        return {"input_ids": torch.tensor([token_ids]), "pixel_values": images}
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, images: torch.Tensor) -> SimpleNamespace:
         assert attention_mask.shape == input_ids.shape
@@ -162,15 +162,14 @@ def test_verify_reads_what_is_recorded(script, golden, ours, processor, llava, t
 
     results = verify(ours, processor, output)
     assert agrees(results)
-    not_recorded = [result.name for result in results if result.verdict is Verdict.NOT_RECORDED]
-    assert not_recorded == [f"loss {i}" for i in range(len(golden.reference["images"]))]
-    assert {result.verdict for result in results} == {Verdict.OK, Verdict.NOT_RECORDED}
+    assert {result.verdict for result in results} == {Verdict.OK}
 
     # Names, shapes and values are those of the recordings that were made without this script.
     tensors, record = load_file(output), json.loads(output.with_suffix(".json").read_text())
     for name, expected in golden.tensors.items():
         if not name.startswith("forward"):
-            assert_close(tensors[name], expected, rtol=1e-5, atol=1e-4)
+            tolerance = Tolerances.davit * expected.abs().max().item() if name == "davit" else Tolerances.features
+            assert_close(tensors[name], expected, rtol=0, atol=tolerance)
     assert tensors["forward0.logits"].shape[0] == 1
     assert tensors["forward0.logits"].shape[2] == -(-ours.config.text_config.vocab_size // 5)
     for key in ("images", "image_size", "image_aspect_ratio", "image_token_placeholder"):

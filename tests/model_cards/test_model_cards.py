@@ -142,7 +142,7 @@ class TestConversion:
         (source / "vision_tower" / "preprocessor_config.json").unlink()
         convert(source, tmp_path / "out")
         text = (tmp_path / "out" / "README.md").read_text()
-        assert "* Assumption: original/vision_tower has no preprocessor_config.json" in text
+        assert "* Assumption: The vision tower sets no image size" in text
         assert str(tmp_path) not in text
 
     def test_no_assumption(self, processor, tmp_path):

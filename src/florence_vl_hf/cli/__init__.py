@@ -11,11 +11,11 @@ from typer import Option
 from .chat import chat
 from .convert import assemble, convert, export, verify
 from .hub import push
-from .train import check_data, merge, plan_memory, train
+from .train import check_data, merge, train
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (convert, export, assemble, verify, check_data, train, plan_memory, merge, chat, push):
+for command in (convert, export, assemble, verify, check_data, train, merge, chat, push):
     app.command()(command)
 
 # Their messages say what is wrong; other types need their name to be understood.

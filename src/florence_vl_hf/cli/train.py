@@ -1,5 +1,5 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Commands of `training` and `planning`."""
+"""Commands of `training`."""
 
 import logging
 import os
@@ -27,8 +27,7 @@ def check_data(
     report: Annotated[Path | None, Option(help="Write every problem to this .jsonl file.")] = None,
 ) -> None:
     """Check all conversations and images before training. The exit code is 1 if there are problems."""
-    from ..conversion import is_original, read_original
-    from ..processing import FlorenceVLProcessor
+    from ..conversion import load_processor
     from ..training import check_data as checks
     from ..training import load_conversations
     from ..training.samples import MAX_IMAGE_SIDE
@@ -39,15 +38,9 @@ def check_data(
         )
     if chat_template is not None and model is None:
         raise typer.BadParameter("It requires the tokenizer of a --model.", param_hint="--chat-template")
-    if model is None:
-        processor = None
-    elif is_original(model):
-        processor = read_original(model).processor
-    else:
-        processor = FlorenceVLProcessor.from_pretrained(model)
     result = checks.check_data(
         load_conversations(file, image_folder, split),
-        processor,
+        None if model is None else load_processor(model),
         max_length=max_length,
         chat_template=chat_template,
         num_workers=workers,
@@ -88,44 +81,6 @@ def train(
     if os.environ.get("RANK", "0") == "0":
         logging.getLogger("florence_vl_hf").setLevel(logging.INFO)
     train_model(read_recipe(recipe, changes) | ({"on_error": on_error} if on_error else {}))
-
-
-def plan_memory(
-    recipe: Annotated[
-        str | None, Argument(help="YAML file or name of a recipe. By default, a table of the paper's runs and others.")
-    ] = None,
-    changes: options.Settings = None,
-    accelerate_config: Annotated[Path | None, Option(help="Configuration file of `accelerate launch`.")] = None,
-    num_gpus: Annotated[int | None, Option(help="Number of GPUs of all machines together.", min=1)] = None,
-    sharding: Annotated[
-        Literal["none", "ddp", "zero2", "zero3", "fsdp2"] | None,
-        Option(help="How GPUs share the model. Overrides the configuration of accelerate."),
-    ] = None,
-    shape: Annotated[Literal["8b", "3b"] | None, Option(help="Plan for a published model, not the recipe's.")] = None,
-    images_per_sample: Annotated[int, Option(help="Number of images per sample.", min=0)] = 1,
-) -> None:
-    """Estimate the memory of training per GPU from the model's configuration."""
-    from ..conversion import is_original, read_original
-    from ..modeling import FlorenceVLConfig
-    from ..planning import format_plan, format_table, plan_known_runs, published_config, read_setup
-    from ..planning import plan_memory as plan
-    from ..training import read_recipe
-
-    if recipe is None:
-        typer.echo(format_table(plan_known_runs()))
-        return
-    model, config_changes, setup = read_setup(
-        read_recipe(recipe, changes), num_gpus, sharding, accelerate_config, images_per_sample
-    )
-    if shape is not None:
-        config = published_config(shape)
-    elif is_original(model):
-        config = read_original(model).config
-    else:
-        config = FlorenceVLConfig.from_pretrained(model)
-    if config_changes:
-        config = FlorenceVLConfig.from_dict({**config.to_dict(), **config_changes})
-    typer.echo(format_plan(plan(config, setup)))
 
 
 def merge(

@@ -5,7 +5,13 @@ from .assemble_florence_vl import assemble
 from .checkpoint_files import CheckpointError
 from .convert_florence_vl_to_hf import convert
 from .export_florence_vl_to_original import export
-from .load_original import check_model_type, is_original, load_original, load_pretrained
+from .load_original import (
+    check_model_type,
+    is_original,
+    load_original,
+    load_pretrained,
+    load_processor,
+)
 from .original_checkpoint import ConvertedCheckpoint, read_original
 from .verification import verify
 
@@ -20,6 +26,7 @@ __all__ = [
     "is_original",
     "load_original",
     "load_pretrained",
+    "load_processor",
     "read_original",
     "verify",
 ]

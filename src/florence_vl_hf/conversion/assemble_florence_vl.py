@@ -13,24 +13,21 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from ..modeling import FlorenceVLConfig
 from ..modeling.configuration_florence_vl import DEFAULT_PROMPTS
 from .checkpoint_files import CheckpointError, LazyTensor, output_directory, read_tensors, resolve_checkpoint
-from .key_mapping import ORIGINAL_TOWER, to_original
+from .key_mapping import to_original
 from .original_checkpoint import (
     ConvertedCheckpoint,
-    build_checkpoint,
-    build_config,
+    build_settings,
+    convert_tensors,
     read_tower_tensors,
     tensor_shapes,
 )
-from .original_config import Assumption, AssumptionKind, describe_assumption, tower_settings_from_directory
-from .original_processor import build_processor, load_original_tokenizer
+from .original_config import Assumption, tower_settings_from_directory
+from .original_processor import load_original_tokenizer
 
-
-logger = logging.get_logger(__name__)
 
 # Tokens of known tokenizers that are unused and can pad, Llama-3's first.
 PADDING_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<PAD>")
@@ -75,40 +72,35 @@ def assemble(
     """
     with output_directory(Path(output)) as directory:
         tower_directory, llm_directory = resolve_checkpoint(vision_tower), resolve_checkpoint(llm)
-        tower = tower_settings_from_directory(tower_directory, image_feature_source)
+        tower = tower_settings_from_directory(tower_directory)
         text_config, tokenizer = _read_text_config(llm_directory), load_original_tokenizer(llm_directory)
-        assumptions = [*tower.assumptions, *_ensure_padding_token(tokenizer)]
-        num_original_rows = text_config.vocab_size
+        tower.assumptions.extend(_ensure_padding_token(tokenizer))
         text_config.pad_token_id = tokenizer.pad_token_id
         prompt_token_ids = None
         if prompts:
             # Florence-2's tokenizer is BART's, under whichever name its first release gives.
             tower_tokenizer = load_original_tokenizer(tower_directory, BartTokenizer)
             prompt_token_ids = {name: tower_tokenizer(text).input_ids for name, text in prompts.items()}
-        config = build_config(
+        checkpoint = build_settings(
+            llm_directory,
             tower,
             text_config,
             tokenizer,
+            chat_template,
+            image_feature_source,
+            do_pad=False,  # in pretraining, the paper only resizes images
             fusion_strategy=fusion_strategy,
             fusion_features=fusion_features,
             prompts=DEFAULT_PROMPTS | (prompts or {}),
             prompt_token_ids=prompt_token_ids,
             projector_depth=projector_depth,
         )
-
         stored = read_tensors(llm_directory)
         embeddings = stored.get("model.embed_tokens.weight")
         if embeddings is None:
             raise CheckpointError(f"{llm} has no model.embed_tokens.weight; give a Llama, Phi-3, Mistral or Qwen.")
-        stored |= {ORIGINAL_TOWER + name: tensor for name, tensor in read_tower_tensors(tower_directory).items()}
-        stored |= _new_projector(config)
-        # The paper pretrains on images that are resized without padding.
-        processor = build_processor(tower, tokenizer, config.num_image_tokens, False, chat_template)
-        dtype = dtype or embeddings.dtype
-        checkpoint = build_checkpoint(llm_directory, config, processor, stored, num_original_rows, dtype)
-        checkpoint.assumptions, checkpoint.chat_template = assumptions, chat_template
-        for assumption in assumptions:
-            logger.warning(describe_assumption(assumption))
+        stored |= read_tower_tensors(tower_directory) | _new_projector(checkpoint.config)
+        convert_tensors(checkpoint, stored, dtype or embeddings.dtype)
         checkpoint.save(directory, max_shard_size)
     return checkpoint
 
@@ -133,7 +125,7 @@ def _read_text_config(llm: Path) -> PreTrainedConfig:
 
 
 def _ensure_padding_token(tokenizer: PreTrainedTokenizerBase) -> list[Assumption]:
-    """Set a padding token if there is none: an unused one, else the unknown or end token."""
+    """Set a padding token if there is none: a reserved one, else the unknown or end token."""
     if tokenizer.pad_token is not None:
         return []
     vocabulary = tokenizer.get_vocab()
@@ -142,24 +134,24 @@ def _ensure_padding_token(tokenizer: PreTrainedTokenizerBase) -> list[Assumption
     if not candidates:
         raise CheckpointError("The tokenizer of the language model has no token that can pad; set its `pad_token`.")
     tokenizer.pad_token = candidates[0]
-    return [Assumption(AssumptionKind.PADDING_TOKEN, token=candidates[0])]
+    return [Assumption.PADDING_TOKEN]
 
 
 def _new_projector(config: FlorenceVLConfig) -> dict[str, LazyTensor]:
     """Return the tensors of an untrained projector by their original names."""
     std = getattr(config.text_config, "initializer_range", None) or 0.02
     shapes = {name: shape for name, shape in tensor_shapes(config).items() if ".multi_modal_projector." in name}
-    projector = {}
-    for seed, (name, shape) in enumerate(shapes.items()):
-        original = to_original(name)[0].name or name
-        load = partial(_new_tensor, shape, std if len(shape) > 1 else 0.0, seed)
-        projector[original] = LazyTensor(original, Path("the new projector"), torch.float32, shape, load)
-    return projector
 
+    def load(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+        # A seed per tensor gives the same values on every machine and in any order. Biases are zero.
+        generator = torch.Generator().manual_seed(seed)
+        return torch.zeros(shape).normal_(0.0, std if len(shape) > 1 else 0.0, generator=generator)
 
-def _new_tensor(shape: tuple[int, ...], std: float, seed: int) -> torch.Tensor:
-    # A seed per tensor gives the same values on every machine and in any order.
-    return torch.zeros(shape).normal_(0.0, std, generator=torch.Generator().manual_seed(seed))
+    names = [str(to_original(name)[0].name) for name in shapes]
+    return {
+        name: LazyTensor(name, Path("projector"), torch.float32, shape, partial(load, shape, seed))
+        for seed, (name, shape) in enumerate(zip(names, shapes.values(), strict=True))
+    }
 
 
 __all__ = ["assemble"]

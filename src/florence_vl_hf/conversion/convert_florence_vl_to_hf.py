@@ -4,15 +4,10 @@
 from pathlib import Path
 
 import torch
-from transformers.utils import logging
 
-from ..model_cards import ConvertedCard, public_name, write_card
+from ..model_cards import ConvertedCard, write_card
 from .checkpoint_files import output_directory
-from .original_checkpoint import TOWER_DIRECTORY, ConvertedCheckpoint, read_original
-from .original_config import describe_assumption
-
-
-logger = logging.get_logger(__name__)
+from .original_checkpoint import ConvertedCheckpoint, read_original
 
 
 def convert(
@@ -55,11 +50,7 @@ def convert(
             dtype=dtype,
             chat_template=chat_template,
         )
-        for assumption in checkpoint.assumptions:
-            logger.warning(describe_assumption(assumption))
         checkpoint.save(directory, max_shard_size)
-        # Cards do not show local paths.
-        tower = public_name(vision_tower) if vision_tower else f"{public_name(base or source)}/{TOWER_DIRECTORY}"
         card = ConvertedCard(
             name=Path(output).name,
             config=checkpoint.config,
@@ -70,8 +61,8 @@ def convert(
             chat_template=checkpoint.chat_template,
             cast_to=None if dtype is None else str(dtype).removeprefix("torch."),
             num_added_rows=checkpoint.num_added_rows,
-            num_unused=len(checkpoint.unused),
-            assumptions=[describe_assumption(assumption, tower) for assumption in checkpoint.assumptions],
+            num_unused=checkpoint.num_unused,
+            assumptions=checkpoint.assumptions,
         )
         write_card(directory, card)
     return checkpoint

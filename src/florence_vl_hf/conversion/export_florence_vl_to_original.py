@@ -24,7 +24,7 @@ from .checkpoint_files import (
     write_tensors,
 )
 from .key_mapping import ORIGINAL_TOWER, to_original
-from .original_checkpoint import EMBEDDING_TABLES, TOWER_DIRECTORY, check_all_paired, read_tower_tensors, tensor_shapes
+from .original_checkpoint import EMBEDDING_TABLES, TOWER_DIRECTORY, check_tensors, read_tower_tensors, tensor_shapes
 from .original_config import is_first_release, text_config_to_original, tower_config_to_first_release
 from .original_processor import UNUSED_ROW
 
@@ -42,7 +42,6 @@ SUPPORTED_SETTINGS = {
     "fusion_features": [IMAGE_FEATURE, *DEFAULT_PROMPT_TOKEN_IDS],
     "mask_prompt_padding": False,
     "projector_hidden_act": "gelu",
-    "quantization_config": None,
     "do_center_crop": False,
 }
 # Settings of a tokenizer that do not depend on its class.
@@ -188,11 +187,7 @@ def read_as_original(source: Path, vision_tower: Path | None = None) -> Exported
 
 def _unsupported_settings(config: FlorenceVLConfig, processor: FlorenceVLProcessor) -> list[str]:
     """Describe the settings of fusion, prompts, projector and images that the original's code does not have."""
-    settings = {
-        "quantization_config": None,
-        **vars(config),
-        "do_center_crop": bool(processor.image_processor.do_center_crop),
-    }
+    settings = vars(config) | {"do_center_crop": bool(processor.image_processor.do_center_crop)}
     unsupported = [
         f"{name} {settings[name]!r} (only {supported!r})"
         for name, supported in SUPPORTED_SETTINGS.items()
@@ -239,41 +234,32 @@ def _tokenizer_config(source: Path, tokenizer: dict[str, Any]) -> dict[str, Any]
 def _original_tensors(
     config: FlorenceVLConfig, stored: dict[str, LazyTensor], num_tokens: int
 ) -> dict[str, LazyTensor]:
-    """Map every tensor of the model to its names in the original, and refuse what does not match."""
+    """Map every tensor of the model to its names in the original, without rows that conversion added."""
     shapes = tensor_shapes(config)
-    unknown = [str(tensor) for name, tensor in stored.items() if name not in shapes]
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    check_all_paired(unknown, [name for name in shapes if name not in stored])
+    check_tensors(stored, shapes)
     # If the original had a token for each row, conversion added rows of zeros, from `<image>` on.
     has_added_rows = config.image_token_id == num_tokens and not stored[EMBEDDING_TABLES[0]].load()[num_tokens:].any()
     tensors = {}
-    for name, shape in shapes.items():
-        tensor = stored[name]
-        if tensor.shape != shape:
-            raise CheckpointError(f"{tensor} has shape {tensor.shape}, but {shape} follows from config.json.")
-        tensor = tensor.with_rows(num_tokens) if name in EMBEDDING_TABLES and has_added_rows else tensor
+    for name in shapes:
+        tensor = stored[name].with_rows(num_tokens) if name in EMBEDDING_TABLES and has_added_rows else stored[name]
         for original in to_original(name):
-            if original.name is not None and not original.alias:
-                tensors[original.name] = tensor.transposed() if original.transposed else tensor
+            tensors[str(original.name)] = tensor.transposed() if original.transposed else tensor
     return tensors
 
 
 def _decoder_tensors(bart: BartConfig, tower: dict[str, LazyTensor], dtype: torch.dtype) -> dict[str, LazyTensor]:
     """Return the tensors of a Florence-2 that only its decoder uses, by the original's names."""
-    decoder, bias = "language_model.model.decoder.", "language_model.final_logits_bias"
+    decoder, bias = (f"{ORIGINAL_TOWER}language_model.{name}" for name in ("model.decoder.", "final_logits_bias"))
+    native = f"{ORIGINAL_TOWER}language_model.decoder."  # in Transformers' own Florence-2
+    tower = {name.replace(native, decoder): tensor for name, tensor in tower.items()}
     with torch.device("meta"):
         state_dict = BartDecoder(bart).state_dict()
     shapes = {decoder + name: tuple(tensor.shape) for name, tensor in state_dict.items() if "embed_tokens" not in name}
-    check_all_paired([], [name for name in shapes if name not in tower])
-    for name, shape in shapes.items():
-        if tower[name].shape != shape:
-            raise CheckpointError(
-                f"{tower[name]} has shape {tower[name].shape}, expected {shape}; give a Florence-2 of the same size "
-                f"as --vision-tower."
-            )
+    used = {name: tower[name] for name in shapes if name in tower}
+    check_tensors(used, shapes, "give a Florence-2 of the same size as --vision-tower")
     # Transformers' own Florence-2 does not store the bias, which is zero.
-    return {ORIGINAL_TOWER + name: tower[name].to(dtype) for name in (*shapes, bias) if name in tower}
+    used |= {bias: tower[bias]} if bias in tower else {}
+    return {name: tensor.to(dtype) for name, tensor in used.items()}
 
 
 __all__ = ["ExportedCheckpoint", "export", "read_as_original"]

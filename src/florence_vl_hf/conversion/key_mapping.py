@@ -22,6 +22,7 @@ FIELDS = {
     "axis": r"row|column",
     "leaf": r"weight|bias",
     "llm": r"(?:embed_tokens|layers|norm)\..+",
+    "encoder": r"(?:layers|layernorm_embedding|embed_positions)\..+",
     "rest": r".+",
 }
 
@@ -33,16 +34,15 @@ class Rule:
     original: str  # with `{fields}`
     converted: str | None  # `None` for a tensor that is not used
     transposed: bool = False  # whether each layout holds the other's transpose
-    alias: bool = False  # whether the original ties this name to another when it loads, and stores only that
+    read_only: bool = False  # whether this name of a tensor is read but never written: the original stores another
 
 
 @dataclass(frozen=True)
 class MappedName:
-    """The other name of a tensor (`None` if it is not used there), with the properties of its rule."""
+    """The other name of a tensor (`None` if it is not used there)."""
 
     name: str | None
     transposed: bool
-    alias: bool = False
 
 
 # Florence-2 in the layout of its first release, and `FlorenceVLVisionTower`.
@@ -63,37 +63,31 @@ TOWER_RULES = (
     Rule("visual_temporal_embed.pos_idx_to_embed", "image_projector.visual_temporal_embed.pos_idx_to_embed"),
     # Florence-2's tied embedding table, stored under one or more of four names: the first that exists is used.
     Rule("language_model.model.shared.weight", "encoder.embed_tokens.weight"),
-    Rule("language_model.model.encoder.embed_tokens.weight", "encoder.embed_tokens.weight", alias=True),
-    Rule("language_model.model.decoder.embed_tokens.weight", "encoder.embed_tokens.weight", alias=True),
+    Rule("language_model.model.encoder.embed_tokens.weight", "encoder.embed_tokens.weight", read_only=True),
+    Rule("language_model.model.decoder.embed_tokens.weight", "encoder.embed_tokens.weight", read_only=True),
     Rule("language_model.lm_head.weight", "encoder.embed_tokens.weight"),
-    Rule("language_model.model.encoder.{rest}", "encoder.{rest}"),
+    Rule("language_model.model.encoder.{encoder}", "encoder.{encoder}"),
     # The decoder never runs.
     Rule("language_model.model.decoder.{rest}", None),
     Rule("language_model.final_logits_bias", None),
+    # Names in Transformers' own Florence-2, such as `florence-community/Florence-2-large`.
+    Rule("vision_tower.{rest}", "backbone.{rest}", read_only=True),
+    Rule("multi_modal_projector.{rest}", "image_projector.{rest}", read_only=True),
+    Rule("language_model.shared.weight", "encoder.embed_tokens.weight", read_only=True),
+    Rule("lm_head.weight", "encoder.embed_tokens.weight", read_only=True),
+    Rule("language_model.encoder.{rest}", "encoder.{rest}", read_only=True),
+    Rule("language_model.decoder.{rest}", None),
 )
 
-# Names of that embedding table.
+# Names of that embedding table, in order of preference.
 TIED_WORDS = tuple(rule.original for rule in TOWER_RULES if rule.converted == "encoder.embed_tokens.weight")
-
-# Parts of Transformers' own Florence-2, such as `florence-community/Florence-2-large`, that the tower here is built
-# of, with their names here; and parts that are only in the first release, with their names there.
-NATIVE_PARTS = {
-    "vision_tower.": "backbone.",
-    "multi_modal_projector.": "image_projector.",
-    "language_model.encoder.": "encoder.",
-}
-NATIVE_FIRST_RELEASE_PARTS = {
-    "language_model.shared.": "language_model.model.shared.",
-    "language_model.decoder.": "language_model.model.decoder.",
-    "lm_head.": "language_model.lm_head.",
-}
 
 # A complete original checkpoint, and `FlorenceVLForConditionalGeneration`.
 MODEL_RULES = (
     Rule("model.mm_projector.encoder_mlp.0.{leaf}", "model.multi_modal_projector.layers.0.{leaf}"),
     Rule("model.mm_projector.encoder_mlp.{later}.1.{leaf}", "model.multi_modal_projector.layers.{later}.{leaf}"),
     *(
-        Rule(ORIGINAL_TOWER + rule.original, rule.converted and TOWER + rule.converted, rule.transposed, rule.alias)
+        replace(rule, original=ORIGINAL_TOWER + rule.original, converted=rule.converted and TOWER + rule.converted)
         for rule in TOWER_RULES
     ),
     # Computed from the configuration; old versions of Transformers stored it.
@@ -109,40 +103,19 @@ def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile(re.sub(r"\\{(\w+)\\}", lambda match: f"(?P<{match[1]}>{FIELDS[match[1]]})", text))
 
 
-def _find_rule(name: str) -> tuple[Rule, dict[str, str]] | None:
-    """Return the first rule for a tensor of an original checkpoint, with the values of its fields."""
-    for rule in MODEL_RULES:
-        if match := _regex(rule.original).fullmatch(name):
-            return rule, match.groupdict()
-    return None
-
-
 def to_converted(name: str) -> MappedName | None:
     """Return this package's name for a tensor of an original checkpoint, or `None` if no rule matches."""
-    if (found := _find_rule(name)) is None:
-        return None
-    rule, values = found
-    return MappedName(rule.converted and rule.converted.format(**values), rule.transposed, rule.alias)
+    for rule in MODEL_RULES:
+        if match := _regex(rule.original).fullmatch(name):
+            return MappedName(rule.converted and rule.converted.format(**match.groupdict()), rule.transposed)
+    return None
 
 
 def to_original(name: str) -> list[MappedName]:
-    """Return the original's names for a tensor of this package in the table's order: several if it ties tensors."""
-    originals = []
-    for rule in MODEL_RULES:
-        if rule.converted is not None and (match := _regex(rule.converted).fullmatch(name)):
-            original = rule.original.format(**match.groupdict())
-            if _find_rule(original) == (rule, match.groupdict()):  # unless an earlier rule takes precedence
-                originals.append(MappedName(original, rule.transposed, rule.alias))
-    return originals
-
-
-def to_first_release(name: str) -> MappedName | None:
-    """Return the name in Florence-2's first release of a tensor of Transformers' own Florence-2, or `None`."""
-    name = name.removeprefix("model.")  # which older versions, and the base model alone, do not save
-    for part, first_release in NATIVE_FIRST_RELEASE_PARTS.items():
-        if name.startswith(part):
-            return MappedName(first_release + name.removeprefix(part), transposed=False)
-    for part, converted in NATIVE_PARTS.items():
-        if name.startswith(part) and (originals := to_original(TOWER + converted + name.removeprefix(part))):
-            return replace(originals[0], name=str(originals[0].name).removeprefix(ORIGINAL_TOWER))
-    return None
+    """Return the original's names for a tensor of this package, in the table's order: several if it ties tensors."""
+    matches = [(rule, rule.converted and _regex(rule.converted).fullmatch(name)) for rule in MODEL_RULES]
+    return [
+        MappedName(rule.original.format(**match.groupdict()), rule.transposed)
+        for rule, match in matches
+        if match and not rule.read_only
+    ]

@@ -1,21 +1,19 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Loading of original checkpoints without converting them to files first."""
+"""Loading of models and processors from original checkpoints, or from those of this package."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.utils import find_adapter_config_file, logging
+from transformers.utils import find_adapter_config_file
 
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor, load_chat_template
 from .checkpoint_files import CheckpointError, read_json
-from .original_checkpoint import read_original
-from .original_config import TEXT_MODEL_TYPES, describe_assumption, own_fields
+from .original_checkpoint import read_original, read_settings
+from .original_config import TEXT_MODEL_TYPES, own_fields
 
-
-logger = logging.get_logger(__name__)
 
 # Arguments of `from_pretrained` that concern the download from the Hub.
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
@@ -38,6 +36,13 @@ def check_model_type(path_or_id: str | Path, **hub_kwargs: Any) -> None:
             f"{path_or_id} has model type {model_type!r}, expected {FlorenceVLConfig.model_type!r}; "
             f"`florence-vl assemble` builds a Florence-VL from a Florence-2 and a language model."
         )
+
+
+def load_processor(path_or_id: str | Path) -> FlorenceVLProcessor:
+    """Load the processor of a model in either layout. Of an original, weights are read only if necessary."""
+    if is_original(path_or_id):
+        return read_settings(path_or_id).processor
+    return FlorenceVLProcessor.from_pretrained(path_or_id)
 
 
 def load_original(
@@ -67,29 +72,19 @@ def load_original(
     Raises:
         CheckpointError: If anything is missing, unexpected, misshapen or damaged.
     """
-    hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
     checkpoint = read_original(
         path_or_id,
         base=base,
         vision_tower=vision_tower,
         image_feature_source=image_feature_source,
         chat_template=chat_template,
-        **hub_kwargs,
+        **{name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs},
     )
-    for assumption in checkpoint.assumptions:
-        logger.warning_once(describe_assumption(assumption))
+    kwargs |= {"dtype": dtype, "attn_implementation": attn_implementation, "device_map": device_map}
     config = kwargs.pop("config", None) or _with_overrides(checkpoint.config, kwargs)
     # Views of the mapped files, which are read one by one while the model takes them over.
     state_dict = {name: tensor.load().contiguous() for name, tensor in checkpoint.tensors.items()}
-    loaded = FlorenceVLForConditionalGeneration.from_pretrained(
-        None,
-        config=config,
-        state_dict=state_dict,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        device_map=device_map,
-        **kwargs,
-    )
+    loaded = FlorenceVLForConditionalGeneration.from_pretrained(None, config=config, state_dict=state_dict, **kwargs)
     model = _model_of(loaded)
     model.generation_config = checkpoint.generation_config
     # PEFT reads the model's attribute, others the configuration's.

@@ -4,6 +4,7 @@
 import math
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,36 +40,23 @@ def apply_adapter(tensors: dict[str, LazyTensor], directory: Path) -> dict[str, 
                 raise CheckpointError(f"{tensor} is not a tensor of a Florence-VL; this adapter is of another model.")
             if mapped.name is not None:
                 replacement = tensor.transposed() if mapped.transposed else tensor
-                base = _find_base(tensors, mapped.name, replacement.shape, path)
-                merged[mapped.name] = replacement.to(base.dtype)
-    for name, (down, up, scaling) in _lora_matrices(directory).items():
-        _find_base(tensors, name, (up.shape[0], down.shape[1]), up.file)
-        merged[name] = _with_lora(merged[name], down, up, scaling)
+                _check_fits(tensors, mapped.name, replacement.shape, path)
+                merged[mapped.name] = replacement.to(tensors[mapped.name].dtype)
+    if (directory / LORA_CONFIG).is_file():
+        _merge_lora(merged, directory)
     return merged
 
 
-def _find_base(tensors: dict[str, LazyTensor], name: str, shape: tuple[int, ...], adapter: Path) -> LazyTensor:
+def _check_fits(tensors: dict[str, LazyTensor], name: str, shape: tuple[int, ...], adapter: Path) -> None:
     if name not in tensors or tensors[name].shape != shape:
         expected = f"the shape {tensors[name].shape}" if name in tensors else "no tensor"
         raise CheckpointError(
             f"{adapter.name} changes {name} with the shape {shape}, but the base has {expected} there; this "
             f"adapter is of another model."
         )
-    return tensors[name]
 
 
-def _with_lora(base: LazyTensor, down: LazyTensor, up: LazyTensor, scaling: float) -> LazyTensor:
-    def load() -> torch.Tensor:
-        weight = base.load()
-        return (weight.float() + scaling * (up.load().float() @ down.load().float())).to(weight.dtype)
-
-    return replace(base, load=load)
-
-
-def _lora_matrices(directory: Path) -> dict[str, tuple[LazyTensor, LazyTensor, float]]:
-    """Down matrix `(rank, in)`, up matrix `(out, rank)` and scaling, by converted name of the weight they change."""
-    if not (directory / LORA_CONFIG).is_file():
-        return {}
+def _merge_lora(tensors: dict[str, LazyTensor], directory: Path) -> None:
     config = read_json(directory / LORA_CONFIG)
     for field, value in SUPPORTED_LORA.items():
         if (config.get(field) or value) != value:
@@ -85,15 +73,21 @@ def _lora_matrices(directory: Path) -> dict[str, tuple[LazyTensor, LazyTensor, f
         if match is None:
             raise CheckpointError(f"{tensor} is not a matrix of LoRA; it cannot be merged.")
         pairs.setdefault(match[1], {})[match[2]] = tensor
-    matrices = {}
     for module, pair in pairs.items():
         mapped = to_converted(f"{module}.weight")
         if mapped is None or len(pair) != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
             raise CheckpointError(f"{path.name} has no pair of lora_A and lora_B for a {module} of a Florence-VL.")
         # PEFT matches layers by suffix, so it wraps Florence-2's decoder as well, which this package does not build.
         if mapped.name is not None:
-            matrices[mapped.name] = (pair["A"], pair["B"], _scaling(config, module, rank=pair["A"].shape[0]))
-    return matrices
+            _check_fits(tensors, mapped.name, (pair["B"].shape[0], pair["A"].shape[1]), path)
+            scaling = _scaling(config, module, rank=pair["A"].shape[0])
+            load = partial(_load_merged, tensors[mapped.name], pair["A"], pair["B"], scaling)
+            tensors[mapped.name] = replace(tensors[mapped.name], load=load)
+
+
+def _load_merged(base: LazyTensor, down: LazyTensor, up: LazyTensor, scaling: float) -> torch.Tensor:
+    weight = base.load()
+    return (weight.float() + scaling * (up.load().float() @ down.load().float())).to(weight.dtype)
 
 
 def _scaling(config: dict[str, Any], module: str, rank: int) -> float:

@@ -1,20 +1,31 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """An original checkpoint in this package's layout: checked from end to end, with weights that are read on demand."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LlavaImageProcessorPil, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import logging
 
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
-from ..processing import FlorenceVLProcessor
-from .checkpoint_files import CheckpointError, LazyTensor, read_json, read_tensors, resolve_checkpoint, write_tensors
-from .key_mapping import ORIGINAL_TOWER, to_converted, to_first_release, to_original
+from ..processing import FlorenceVLProcessor, load_chat_template
+from .checkpoint_files import (
+    SETTINGS_FILES,
+    CheckpointError,
+    LazyTensor,
+    read_json,
+    read_tensors,
+    resolve_checkpoint,
+    write_tensors,
+)
+from .key_mapping import ORIGINAL_TOWER, TIED_WORDS, MappedName, to_converted, to_original
 from .original_adapters import apply_adapter, is_adapter
 from .original_config import (
+    PUBLIC_IMAGE_FEATURE_SOURCE,
     Assumption,
     TowerSettings,
     check_is_florence_vl,
@@ -22,15 +33,16 @@ from .original_config import (
     tower_settings_from_directory,
     tower_settings_from_tensors,
 )
-from .original_processor import add_image_token, build_processor, detect_chat_template, load_original_tokenizer
+from .original_processor import add_image_token, detect_chat_template, load_original_tokenizer
 
+
+logger = logging.get_logger(__name__)
 
 # Where an original checkpoint keeps its tower after pretraining, beside the shards.
 TOWER_DIRECTORY = "vision_tower"
-# Files of a Florence-2 that are downloaded where the checkpoint has the weights.
-TOWER_CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
-# Tensors with a row per token of the language model, to which `<image>` may add rows.
-EMBEDDING_TABLES = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+# Tensors with a row per token of the language model, to which `<image>` may add rows; the second may be tied.
+LM_HEAD = "lm_head.weight"
+EMBEDDING_TABLES = ("model.language_model.embed_tokens.weight", LM_HEAD)
 # Generation flags that have no effect without `do_sample`.
 SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
@@ -42,9 +54,9 @@ class ConvertedCheckpoint:
     config: FlorenceVLConfig
     processor: FlorenceVLProcessor
     generation_config: GenerationConfig
-    tensors: dict[str, LazyTensor]  # by this package's names
+    tensors: dict[str, LazyTensor] = field(default_factory=dict)  # by this package's names
     assumptions: list[Assumption] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)  # names of stored tensors
+    num_unused: int = 0  # tensors of the original that the model does not have
     chat_template: str | None = None  # one of `CHAT_TEMPLATES`; `None` for the one of a converted base
     num_added_rows: int = 0  # rows of zeros at the end of the embedding tables
 
@@ -81,174 +93,162 @@ def read_original(
     if base is not None and (not is_adapter(source) or read_tensors(source)):
         raise CheckpointError(f"{source} is not a projector or LoRA checkpoint; convert it without --base.")
     complete = source if base is None else resolve_checkpoint(base)
-    tower = None if vision_tower is None else resolve_checkpoint(vision_tower, TOWER_CONFIG_FILES)
+    stored = read_tensors(complete)
+    if not stored and is_adapter(complete):
+        raise CheckpointError(f"{complete} holds only an adapter; give its base model as --base.")
     if base is not None and read_json(complete / "config.json").get("model_type") == FlorenceVLConfig.model_type:
-        checkpoint = _read_converted(complete, dtype)
+        config, processor = FlorenceVLConfig.from_pretrained(complete), FlorenceVLProcessor.from_pretrained(complete)
+        check_tensors(stored, tensor_shapes(config))
+        checkpoint = ConvertedCheckpoint(config, processor, GenerationConfig.from_pretrained(complete))
+        checkpoint.tensors = {name: tensor.to(dtype) for name, tensor in stored.items()}
+        config.dtype = checkpoint.tensors[EMBEDDING_TABLES[0]].dtype
     else:
-        checkpoint = _read_complete(complete, tower, image_feature_source, dtype, chat_template)
+        tower = None if vision_tower is None else resolve_checkpoint(vision_tower, SETTINGS_FILES)
+        checkpoint = _read_settings(complete, stored, tower, image_feature_source, chat_template)
+        if not any(name.startswith(ORIGINAL_TOWER) for name in stored):
+            stored |= read_tower_tensors(resolve_checkpoint(vision_tower or complete / TOWER_DIRECTORY))
+        convert_tensors(checkpoint, stored, dtype)
     if base is not None:
         checkpoint.tensors = apply_adapter(checkpoint.tensors, source)
     return checkpoint
 
 
-def _read_complete(
+def read_settings(path_or_id: str | Path) -> ConvertedCheckpoint:
+    """Read an original checkpoint except for its tensors: their shapes too if its tower has no configuration."""
+    source = resolve_checkpoint(path_or_id, SETTINGS_FILES)
+    if (source / TOWER_DIRECTORY / "config.json").is_file():
+        return _read_settings(source)
+    source = resolve_checkpoint(path_or_id)
+    return _read_settings(source, read_tensors(source))
+
+
+def _read_settings(
     source: Path,
-    vision_tower: Path | None,
-    image_feature_source: list[str] | None,
-    dtype: torch.dtype | None,
-    chat_template: str | None,
+    stored: dict[str, LazyTensor] | None = None,
+    vision_tower: Path | None = None,
+    image_feature_source: list[str] | None = None,
+    chat_template: str | None = None,
 ) -> ConvertedCheckpoint:
-    """Read an original checkpoint that is no adapter."""
-    stored = read_tensors(source)
-    if not stored and is_adapter(source):
-        raise CheckpointError(f"{source} holds only an adapter; give its base model as --base.")
-    original = read_json(source / "config.json")
-    tower_tensors = {
-        name.removeprefix(ORIGINAL_TOWER): tensor for name, tensor in stored.items() if name.startswith(ORIGINAL_TOWER)
-    }
-    has_davit = any(name.startswith("vision_tower.blocks.") for name in tower_tensors)
-    check_is_florence_vl(original, has_davit, source)
-    if not stored:
+    original, tower_directory = read_json(source / "config.json"), source / TOWER_DIRECTORY
+    has_tower_config = (tower_directory / "config.json").is_file()
+    has_davit = any(name.startswith(f"{ORIGINAL_TOWER}vision_tower.blocks.") for name in stored or {})
+    check_is_florence_vl(original, has_davit or has_tower_config, source)
+    if stored is not None and not stored:
         raise CheckpointError(f"{source} holds no weights; download its model-*.safetensors or pytorch_model-*.bin.")
-    if vision_tower is None and (source / TOWER_DIRECTORY / "config.json").is_file():
-        vision_tower = source / TOWER_DIRECTORY
-    if vision_tower is None:
-        tower = tower_settings_from_tensors(tower_tensors, image_feature_source)
+    if vision_tower is not None or has_tower_config:
+        tower = tower_settings_from_directory(vision_tower or tower_directory)
     else:
-        tower = tower_settings_from_directory(vision_tower, image_feature_source)
-        if not tower_tensors:
-            stored |= {ORIGINAL_TOWER + name: tensor for name, tensor in read_tower_tensors(vision_tower).items()}
-
+        tower = tower_settings_from_tensors(stored or {})
     tokenizer = load_original_tokenizer(source)
-    chat_template = chat_template or detect_chat_template(original["model_type"], tokenizer)
-    text_config = text_config_from_original(original)
-    num_original_rows = text_config.vocab_size
-    projector_depth = int(original["mm_projector_type"].removeprefix("mlp").removesuffix("x_gelu"))
-    try:
-        config = build_config(tower, text_config, tokenizer, projector_depth=projector_depth)
-    except ValueError as error:
-        raise CheckpointError(f"The configuration of {source} contradicts itself: {error}") from error
-    do_pad = original.get("image_aspect_ratio") == "pad"  # after finetuning only
-    processor = build_processor(tower, tokenizer, config.num_image_tokens, do_pad, chat_template)
-    checkpoint = build_checkpoint(source, config, processor, stored, num_original_rows, dtype)
-    checkpoint.assumptions, checkpoint.chat_template = tower.assumptions, chat_template
-    return checkpoint
-
-
-def build_config(
-    tower: TowerSettings, text_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, **settings: Any
-) -> FlorenceVLConfig:
-    """Build the configuration of a vision tower and a language model, whose tokenizer gets the image token."""
-    image_token_id, text_config.vocab_size = add_image_token(tokenizer, text_config.vocab_size)
-    return FlorenceVLConfig(
-        vision_config=tower.config,
-        text_config=text_config,
-        image_token_id=image_token_id,
-        image_size=tower.image_size,
-        image_feature_source=tower.image_feature_source,
-        architectures=[FlorenceVLForConditionalGeneration.__name__],
-        **settings,
+    return build_settings(
+        source,
+        tower,
+        text_config_from_original(original),
+        tokenizer,
+        chat_template or detect_chat_template(original["model_type"], tokenizer),
+        image_feature_source,
+        do_pad=original.get("image_aspect_ratio") == "pad",  # after finetuning only
+        projector_depth=int(original["mm_projector_type"].removeprefix("mlp").removesuffix("x_gelu")),
     )
 
 
-def build_checkpoint(
+def build_settings(
     directory: Path,
-    config: FlorenceVLConfig,
-    processor: FlorenceVLProcessor,
-    stored: dict[str, LazyTensor],
-    num_original_rows: int,
-    dtype: torch.dtype | None,
+    tower: TowerSettings,
+    text_config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str,
+    image_feature_source: list[str] | None,
+    do_pad: bool,
+    **settings: Any,
 ) -> ConvertedCheckpoint:
-    """Build a model from tensors by the original's names. `directory` is that of the language model."""
-    tensors, unused = convert_tensors(config, stored, num_original_rows, dtype)
-    config.dtype = tensors[EMBEDDING_TABLES[0]].dtype
+    """Combine a vision tower and a language model, whose directory is given and whose tokenizer gets `<image>`."""
+    num_original_rows, assumptions = text_config.vocab_size, tower.assumptions
+    image_token_id, text_config.vocab_size = add_image_token(tokenizer, num_original_rows)
+    image_feature_source = image_feature_source or tower.image_feature_source
+    if image_feature_source is None:
+        image_feature_source = list(PUBLIC_IMAGE_FEATURE_SOURCE)
+        assumptions = [*assumptions, Assumption.IMAGE_FEATURE_SOURCE]
+    try:
+        config = FlorenceVLConfig(
+            vision_config=tower.config,
+            text_config=text_config,
+            image_token_id=image_token_id,
+            image_size=tower.images["size"]["height"],
+            image_feature_source=image_feature_source,
+            architectures=[FlorenceVLForConditionalGeneration.__name__],
+            **settings,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"The configuration of {directory} contradicts itself: {error}") from error
+    for assumption in assumptions:
+        logger.warning(assumption)
+    size, template = tower.images["size"], load_chat_template(chat_template, tokenizer)
+    image_processor = LlavaImageProcessorPil(**tower.images, crop_size=size, do_center_crop=False, do_pad=do_pad)
     return ConvertedCheckpoint(
-        config=config,
-        processor=processor,
-        generation_config=read_generation_config(directory, config, num_original_rows),
-        tensors=tensors,
-        unused=unused,
-        num_added_rows=config.text_config.vocab_size - num_original_rows,
+        config,
+        FlorenceVLProcessor(image_processor, tokenizer, config.num_image_tokens, template),
+        read_generation_config(directory, config, num_original_rows),
+        assumptions=assumptions,
+        chat_template=chat_template,
+        num_added_rows=text_config.vocab_size - num_original_rows,
     )
-
-
-def _read_converted(directory: Path, dtype: torch.dtype | None) -> ConvertedCheckpoint:
-    """Read a model in this package's layout, as the base of an adapter."""
-    config = FlorenceVLConfig.from_pretrained(directory)
-    tensors, shapes = read_tensors(directory), tensor_shapes(config)
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-        raise CheckpointError(f"The weights in {directory} do not match its config.json; save the model again.")
-    if dtype is not None:
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    config.dtype = tensors[EMBEDDING_TABLES[0]].dtype
-    processor = FlorenceVLProcessor.from_pretrained(directory)
-    return ConvertedCheckpoint(config, processor, GenerationConfig.from_pretrained(directory), tensors)
 
 
 def read_tower_tensors(directory: Path) -> dict[str, LazyTensor]:
-    """List the tensors of a Florence-2 by their names in its first release, whichever layout it has."""
-    tensors = {}
-    for name, tensor in read_tensors(directory).items():
-        mapped = to_first_release(name)
-        if mapped is None:  # it is of the first release
-            tensors[name] = tensor
-        elif mapped.name is not None:
-            tensors[mapped.name] = tensor.transposed() if mapped.transposed else tensor
-    return tensors
+    """List the tensors of a Florence-2, of its first release or of Transformers, by their names in an original."""
+    # Older versions of Transformers, and the base model alone, do not save the prefix.
+    return {ORIGINAL_TOWER + name.removeprefix("model."): tensor for name, tensor in read_tensors(directory).items()}
 
 
-def convert_tensors(
-    config: FlorenceVLConfig, stored: dict[str, LazyTensor], num_original_rows: int, dtype: torch.dtype | None = None
-) -> tuple[dict[str, LazyTensor], list[str]]:
-    """
-    Map the tensors of an original checkpoint, with `num_original_rows` rows in its embedding tables, to the model's.
-
-    Returns the model's tensors in its order, cast to `dtype` if one is given, and the names of unused originals.
-    """
-    shapes = tensor_shapes(config)
-    mapped = {name: to_converted(name) for name in stored}
-    unknown = [str(stored[name]) for name, to in mapped.items() if to is None or to.name not in (None, *shapes)]
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    tensors, used, missing = {}, set(), []
-    for name, shape in shapes.items():
-        # A tied tensor may be stored under several names: the one that the key table lists first is used.
-        names = to_original(name)
-        original = next((original for original in names if original.name in stored), None)
-        if original is None:
-            missing.append(str(names[0].name))
-            continue
-        tensor = stored[str(original.name)]
-        expected = (num_original_rows, *shape[1:]) if name in EMBEDDING_TABLES else shape
-        expected = expected[::-1] if original.transposed else expected
-        if tensor.shape != expected:
-            raise CheckpointError(f"{tensor} has shape {tensor.shape}, expected {expected} from the configuration.")
-        tensor = tensor.transposed() if original.transposed else tensor
-        # Rows for `<image>` and up to the next multiple of 64 are zero, so that they are the same on every machine.
-        tensor = tensor.with_rows(shape[0]) if name in EMBEDDING_TABLES else tensor
-        tensors[name] = tensor if dtype is None else tensor.to(dtype)
-        used.add(original.name)
-    check_all_paired(unknown, missing)
-    return tensors, sorted(set(stored) - used)
+def convert_tensors(checkpoint: ConvertedCheckpoint, stored: dict[str, LazyTensor], dtype: torch.dtype | None) -> None:
+    """Add the tensors of an original, given by name, to a checkpoint in the model's order, cast to `dtype`."""
+    shapes = tensor_shapes(checkpoint.config)
+    converted = {}
+    # A tied tensor may be stored under several names: the one that the key table lists first is used.
+    for name in (*stored, *(ORIGINAL_TOWER + name for name in reversed(TIED_WORDS))):
+        mapped = to_converted(name) or MappedName(f"unknown {name}", transposed=False)
+        if name in stored and mapped.name is not None:
+            converted[mapped.name] = stored[name].transposed() if mapped.transposed else stored[name]
+    stored_shapes = {
+        name: (shape[0] - checkpoint.num_added_rows, *shape[1:]) if name in EMBEDDING_TABLES else shape
+        for name, shape in shapes.items()
+    }
+    check_tensors(converted, stored_shapes, name_of=lambda name: str(to_original(name)[0].name))
+    # Rows for `<image>` and up to the next multiple of 64 are zero, so that they are the same on every machine.
+    checkpoint.tensors = {name: converted[name].with_rows(shape[0]).to(dtype) for name, shape in shapes.items()}
+    checkpoint.config.dtype = checkpoint.tensors[EMBEDDING_TABLES[0]].dtype
+    checkpoint.num_unused = len(stored) - len(shapes)
 
 
 def tensor_shapes(config: FlorenceVLConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all tensors of a model by name, tied ones included."""
+    """Return the shapes of all tensors of a model that are stored, by name."""
     with torch.device("meta"):
         model = FlorenceVLForConditionalGeneration(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = {LM_HEAD} if config.tie_word_embeddings else set()
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
-def check_all_paired(unknown: list[str], missing: list[str]) -> None:
-    """Refuse a checkpoint with unknown or missing tensors, and name them."""
-    problems = {"that nothing uses": unknown, "that are missing": missing}
+def check_tensors(
+    tensors: dict[str, LazyTensor],
+    shapes: dict[str, tuple[int, ...]],
+    remedy: str = "download all of its files again",
+    name_of: Callable[[str], str] = str,
+) -> None:
+    """Refuse tensors that do not have exactly these names and shapes. A head that is tied may be stored."""
+    unused = [str(tensor) for name, tensor in tensors.items() if name not in shapes and name != LM_HEAD]
+    missing = [name_of(name) for name in shapes if name not in tensors]
+    problems = {"that nothing uses": unused, "that are missing": missing}
     if found := [f"{len(names)} {problem}: {', '.join(names[:5])}" for problem, names in problems.items() if names]:
         raise CheckpointError(
-            f"The checkpoint does not match its configuration: there are tensors, {'; '.join(found)}. Download all of "
-            f"its files again; if they are complete, this kind of checkpoint is not supported."
+            f"The checkpoint does not match its configuration: there are tensors, {'; '.join(found)}. If all files "
+            f"are complete, this kind of checkpoint is not supported; else {remedy}."
         )
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise CheckpointError(
+                f"{tensors[name]} has shape {tensors[name].shape}, expected {shape} from the configuration; {remedy}."
+            )
 
 
 def read_generation_config(source: Path, config: FlorenceVLConfig, num_original_rows: int) -> GenerationConfig:

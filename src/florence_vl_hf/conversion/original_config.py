@@ -2,8 +2,9 @@
 """Translation between the `config.json` of the original and of Florence-2, and `FlorenceVLConfig`."""
 
 import re
+from copy import deepcopy
 from dataclasses import dataclass, fields
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..modeling import FlorenceVLConfig
 from .checkpoint_files import CheckpointError, LazyTensor, read_json
-from .key_mapping import TIED_WORDS
+from .key_mapping import ORIGINAL_TOWER, TIED_WORDS
 
 
 # LLaVA forks name their model types after the language model.
@@ -41,57 +42,37 @@ DAVIT_FIELDS |= {name: name for name in ("num_heads", "num_groups", "window_size
 TEMPORAL_EMBEDDING, POSITION_EMBEDDING = {"type": "COSINE"}, {"type": "learned_abs_2d"}
 
 # Settings of public Florence-2 models that cannot be inferred from their weights.
-PUBLIC_IMAGE_SIZE = FlorenceVLConfig.image_size
 PUBLIC_IMAGE_FEATURE_SOURCE = FlorenceVLConfig.image_feature_source
+PUBLIC_IMAGES = {
+    "size": {"height": FlorenceVLConfig.image_size, "width": FlorenceVLConfig.image_size},
+    "image_mean": IMAGENET_DEFAULT_MEAN,
+    "image_std": IMAGENET_DEFAULT_STD,
+}
 
 
-class AssumptionKind(Enum):
-    """What a checkpoint does not say, so that a value had to be assumed, as a sentence to be formatted."""
+class Assumption(StrEnum):
+    """What a checkpoint does not say, so that a value had to be assumed."""
 
     TOWER_CONFIG = (
-        "The vision tower has no config.json: its widths {tower.vision_config.embed_dim} and depths are inferred from "
-        "the weights; assumed as in public Florence-2 are heads {tower.vision_config.num_heads} in DaViT and "
-        "{tower.text_config.encoder_attention_heads} in the encoder, windows of {tower.vision_config.window_size} and "
-        "images of {image_size}. For any other tower, give its directory as --vision-tower."
+        "The vision tower has no config.json: widths and depths are inferred from the weights; numbers of heads and "
+        "the window size are assumed, as in public Florence-2. For any other tower, give its directory as "
+        "--vision-tower."
     )
+    IMAGE_SIZE = "The vision tower sets no image size: 768 x 768 is assumed, as in public Florence-2."
     IMAGE_FEATURE_SOURCE = (
-        "{directory} does not set image_feature_source: assumed as in public Florence-2 is {image_feature_source} "
-        "(577 tokens for {image_size}; the paper counts 576). Override it with --image-feature-source."
+        "The vision tower does not set image_feature_source: spatial_avg_pool,temporal_avg_pool is assumed, as in "
+        "public Florence-2 (577 tokens for 768 x 768; the paper counts 576). Override it with --image-feature-source."
     )
-    IMAGE_SIZE = "{directory} has no preprocessor_config.json: images of {image_size} are assumed, as in Florence-2."
-    PADDING_TOKEN = "The tokenizer of the language model has no padding token: {token} is used."
-
-
-@dataclass(frozen=True)
-class Assumption:
-    """A value that was assumed."""
-
-    kind: AssumptionKind
-    directory: Path | None = None  # of the vision tower that lacks it, if there is one
-    tower: Florence2Config | None = None  # inferred, for `TOWER_CONFIG`
-    token: str | None = None  # used, for `PADDING_TOKEN`
-
-
-def describe_assumption(assumption: Assumption, directory: str | None = None) -> str:
-    """Render an assumption as a sentence, in which `directory` names the one of the vision tower."""
-    return assumption.kind.value.format(
-        directory=(directory or assumption.directory) if assumption.directory else "The checkpoint",
-        tower=assumption.tower,
-        token=assumption.token,
-        image_size=f"{PUBLIC_IMAGE_SIZE} x {PUBLIC_IMAGE_SIZE}",
-        image_feature_source=",".join(PUBLIC_IMAGE_FEATURE_SOURCE),
-    )
+    PADDING_TOKEN = "The language model's tokenizer has no padding token: a reserved, unknown or end token is used."
 
 
 @dataclass(frozen=True)
 class TowerSettings:
-    """Configuration and image settings of a Florence-2, and what had to be assumed about them."""
+    """Configuration of a Florence-2, settings of its image processor, and what had to be assumed about it."""
 
     config: Florence2Config
-    image_feature_source: list[str]
-    image_size: int
-    image_mean: list[float]
-    image_std: list[float]
+    image_feature_source: list[str] | None
+    images: dict[str, Any]  # with the keys of `PUBLIC_IMAGES`
     assumptions: list[Assumption]
 
 
@@ -115,7 +96,8 @@ def text_config_from_original(original: dict[str, Any]) -> PreTrainedConfig:
     """Return the language model's configuration, whose fields an original `config.json` holds at top level."""
     config_class = CONFIG_MAPPING[TEXT_MODEL_TYPES[original["model_type"]]]
     names = (*own_fields(config_class), *LEGACY_ROPE_FIELDS)
-    return config_class(**{name: original[name] for name in names if name in original})
+    # A copy, since nested settings are completed in place.
+    return config_class(**deepcopy({name: original[name] for name in names if name in original}))
 
 
 def own_fields(config_class: type[PreTrainedConfig]) -> list[str]:
@@ -124,7 +106,7 @@ def own_fields(config_class: type[PreTrainedConfig]) -> list[str]:
     return [field.name for field in fields(config_class) if field.name not in common]
 
 
-def tower_settings_from_directory(directory: Path, image_feature_source: list[str] | None = None) -> TowerSettings:
+def tower_settings_from_directory(directory: Path) -> TowerSettings:
     """Read the settings of a Florence-2, in the layout of its first release or of Transformers."""
     path = directory / "config.json"
     raw = read_json(path)
@@ -134,10 +116,22 @@ def tower_settings_from_directory(directory: Path, image_feature_source: list[st
     if is_first_release(raw):
         names = own_fields(CONFIG_MAPPING["bart"])
         bart = {"model_type": "bart"} | {name: bart[name] for name in names if bart.get(name) is not None}
-        config = Florence2Config(vision_config=_davit_from_first_release(davit, path), text_config=bart)
+        config = Florence2Config(vision_config=_davit_from_first_release(davit), text_config=bart)
     else:
         config = Florence2Config.from_dict(raw)
-    return _complete(config, image_feature_source or davit.get("image_feature_source"), directory)
+    # Transformers 5 saves the image settings within those of the processor.
+    files = (directory / name for name in ("preprocessor_config.json", "processor_config.json"))
+    images: dict[str, Any] = next((read_json(file) for file in files if file.exists()), {})
+    images = images.get("image_processor", images)
+    size = images.get("size", PUBLIC_IMAGES["size"])
+    if not isinstance(size, dict) or size.get("height") is None or size.get("height") != size.get("width"):
+        raise CheckpointError(f"{directory} has images of size {size}, expected a square of `height` and `width`.")
+    return TowerSettings(
+        config,
+        davit.get("image_feature_source"),
+        {name: images.get(name, value) for name, value in PUBLIC_IMAGES.items()},
+        [] if "size" in images else [Assumption.IMAGE_SIZE],
+    )
 
 
 def is_first_release(raw: dict[str, Any]) -> bool:
@@ -145,54 +139,20 @@ def is_first_release(raw: dict[str, Any]) -> bool:
     return "dim_embed" in raw.get("vision_config", {})
 
 
-def _davit_from_first_release(davit: dict[str, Any], path: Path) -> dict[str, Any]:
+def _davit_from_first_release(davit: dict[str, Any]) -> dict[str, Any]:
     positions, temporal = davit.get("image_pos_embed") or {}, davit.get("visual_temporal_embedding") or {}
     if not (POSITION_EMBEDDING.items() <= positions.items() and TEMPORAL_EMBEDDING.items() <= temporal.items()):
         expected = f"{POSITION_EMBEDDING} and {TEMPORAL_EMBEDDING}"
-        raise CheckpointError(f"{path} has position embeddings {positions} and {temporal}, expected {expected}.")
+        raise CheckpointError(f"DaViT has position embeddings {positions} and {temporal}, expected {expected}.")
     return {ours: davit[theirs] for theirs, ours in DAVIT_FIELDS.items() if theirs in davit} | {
         "max_temporal_embeddings": temporal["max_temporal_embeddings"],
         "max_position_embeddings": positions["max_pos_embeddings"],
     }
 
 
-def _complete(
-    config: Florence2Config, image_feature_source: list[str] | None, directory: Path | None
-) -> TowerSettings:
-    """Add to a configuration the settings that its directory, if there is one, has in other files, or defaults."""
-    assumptions = [] if directory else [Assumption(AssumptionKind.TOWER_CONFIG, tower=config)]
-    if image_feature_source is None:
-        assumptions.append(Assumption(AssumptionKind.IMAGE_FEATURE_SOURCE, directory))
-    image_settings = _read_image_settings(directory) if directory else {}
-    if image_settings is None:
-        image_settings = {}
-        assumptions.append(Assumption(AssumptionKind.IMAGE_SIZE, directory))
-    size = image_settings.get("size", {"height": PUBLIC_IMAGE_SIZE, "width": PUBLIC_IMAGE_SIZE})
-    if not isinstance(size, dict) or size.get("height") is None or size.get("height") != size.get("width"):
-        raise CheckpointError(f"{directory} has images of size {size}, expected a square of `height` and `width`.")
-    return TowerSettings(
-        config,
-        image_feature_source or list(PUBLIC_IMAGE_FEATURE_SOURCE),
-        image_size=size["height"],
-        image_mean=image_settings.get("image_mean", IMAGENET_DEFAULT_MEAN),
-        image_std=image_settings.get("image_std", IMAGENET_DEFAULT_STD),
-        assumptions=assumptions,
-    )
-
-
-def _read_image_settings(directory: Path) -> dict[str, Any] | None:
-    if (directory / "preprocessor_config.json").exists():
-        return read_json(directory / "preprocessor_config.json")
-    # Transformers 5 saves the image settings within those of the processor.
-    if (directory / "processor_config.json").exists():
-        return read_json(directory / "processor_config.json").get("image_processor")
-    return None
-
-
-def tower_settings_from_tensors(
-    tensors: dict[str, LazyTensor], image_feature_source: list[str] | None = None
-) -> TowerSettings:
-    """Infer the settings of a Florence-2 from its tensors, with first-release names, and assume the rest."""
+def tower_settings_from_tensors(stored: dict[str, LazyTensor]) -> TowerSettings:
+    """Infer the settings of a Florence-2 from the tensors of an original checkpoint, and assume the rest."""
+    tensors = {name.removeprefix(ORIGINAL_TOWER): tensor for name, tensor in stored.items()}
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in tensors:
@@ -205,10 +165,10 @@ def tower_settings_from_tensors(
     num_block_groups = count(r"vision_tower\.convs\.(\d+)\.")
     convs = [shape(f"vision_tower.convs.{group}.proj.weight") for group in range(num_block_groups)]
     embed_dim = [conv[0] for conv in convs]
-    num_heads = [_num_heads(width, head_dim=32) for width in embed_dim]
-    width, projection_dim = shape("image_projection")
     encoder = "language_model.model.encoder."
     d_model = shape(encoder + "layernorm_embedding.weight")[0]
+    # In public Florence-2 models, heads have 32 channels in DaViT and 64 in the encoder.
+    num_heads, encoder_heads = [max(1, width // 32) for width in embed_dim], max(1, d_model // 64)
     words = next((name for name in TIED_WORDS if name in tensors), TIED_WORDS[0])
 
     config = Florence2Config(
@@ -222,7 +182,7 @@ def tower_settings_from_tensors(
             "patch_prenorm": [
                 shape(f"vision_tower.convs.{group}.norm.weight")[0] != conv[0] for group, conv in enumerate(convs)
             ],
-            "projection_dim": projection_dim,
+            "projection_dim": shape("image_projection")[-1],
             "max_position_embeddings": shape("image_pos_embed.row_embeddings.weight")[0],
             "max_temporal_embeddings": shape("visual_temporal_embed.pos_idx_to_embed")[0],
         },
@@ -231,7 +191,7 @@ def tower_settings_from_tensors(
             "vocab_size": shape(words)[0],
             "d_model": d_model,
             "encoder_layers": count(encoder.replace(".", r"\.") + r"layers\.(\d+)\."),
-            "encoder_attention_heads": _num_heads(d_model, head_dim=64),
+            "encoder_attention_heads": encoder_heads,
             "encoder_ffn_dim": shape(encoder + "layers.0.fc1.weight")[0],
             "decoder_layers": count(r"language_model\.model\.decoder\.layers\.(\d+)\."),
             # BART keeps two positions for padding, which its configuration does not count.
@@ -239,12 +199,7 @@ def tower_settings_from_tensors(
             "scale_embedding": False,
         },
     )
-    return _complete(config, image_feature_source, directory=None)
-
-
-def _num_heads(width: int, head_dim: int) -> int:
-    # As in public Florence-2 models: the largest number that divides `width`, with at least `head_dim` channels each.
-    return next(heads for heads in range(max(1, width // head_dim), 0, -1) if width % heads == 0)
+    return TowerSettings(config, None, PUBLIC_IMAGES, [Assumption.TOWER_CONFIG, Assumption.IMAGE_SIZE])
 
 
 def text_config_to_original(config: PreTrainedConfig) -> tuple[dict[str, Any], list[str]]:
@@ -252,28 +207,21 @@ def text_config_to_original(config: PreTrainedConfig) -> tuple[dict[str, Any], l
     if config.model_type not in ORIGINAL_MODEL_TYPES:
         return {}, [f"a language model of type {config.model_type!r} (only {', '.join(ORIGINAL_MODEL_TYPES)})"]
     settings = {name: getattr(config, name) for name in own_fields(type(config))}
-    plain = {name: value for name, value in settings.items() if name not in (*DERIVED_TEXT_FIELDS, "rope_parameters")}
-    as_derived = type(config)(**plain)
-    inexpressible = [
-        f"{name} {settings[name]}"
-        for name in DERIVED_TEXT_FIELDS
-        if name in settings and settings[name] != getattr(as_derived, name)
-    ]
-    rope = dict(config.rope_parameters)
-    rope_type = rope.pop("rope_type", "default")
-    plain["rope_theta"] = rope.pop("rope_theta")
-    rope.pop("type", None)
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        inexpressible.append(f"partial_rotary_factor {config.rope_parameters['partial_rotary_factor']}")
-    for name in set(rope) & set(plain):  # Phi-3 has original_max_position_embeddings in both places
-        rope.pop(name)
-    if rope_type == "default":
-        plain["rope_scaling"] = None
-    elif config.model_type in ROPE_TYPE_FIELDS:
-        plain["rope_scaling"] = {ROPE_TYPE_FIELDS[config.model_type]: rope_type} | rope
-    else:
-        inexpressible.append(f"rope scaling {rope_type!r} in a language model of type {config.model_type!r}")
-    return {"model_type": ORIGINAL_MODEL_TYPES[config.model_type]} | plain, inexpressible
+    # Phi-3 has its type of scaling, and `original_max_position_embeddings`, in two places.
+    settings["rope_parameters"] = {name: value for name, value in config.rope_parameters.items() if name != "type"}
+    rope = {name: value for name, value in settings["rope_parameters"].items() if name not in settings}
+    rope_theta, rope_type = rope.pop("rope_theta"), rope.pop("rope_type", "default")
+    rope.pop("partial_rotary_factor", None)
+    can_scale = rope_type != "default" and config.model_type in ROPE_TYPE_FIELDS
+    original = {
+        "model_type": ORIGINAL_MODEL_TYPES[config.model_type],
+        **{name: value for name, value in settings.items() if name not in (*DERIVED_TEXT_FIELDS, "rope_parameters")},
+        "rope_theta": rope_theta,
+        "rope_scaling": {ROPE_TYPE_FIELDS[config.model_type]: rope_type} | rope if can_scale else None,
+    }
+    translated = text_config_from_original(original)
+    translated.rope_parameters.pop("type", None)
+    return original, [f"{name} {value}" for name, value in settings.items() if getattr(translated, name) != value]
 
 
 def tower_config_to_first_release(config: FlorenceVLConfig) -> tuple[dict[str, Any], list[str]]:
@@ -286,12 +234,11 @@ def tower_config_to_first_release(config: FlorenceVLConfig) -> tuple[dict[str, A
         "image_pos_embed": POSITION_EMBEDDING | {"max_pos_embeddings": davit.max_position_embeddings},
         "image_feature_source": list(config.image_feature_source),
     }
-    expressed = {*DAVIT_FIELDS.values(), "max_temporal_embeddings", "max_position_embeddings", "initializer_range"}
-    default = type(davit)()
+    translated = type(davit)(**_davit_from_first_release(vision_config))
     inexpressible = [
         f"a tower with {name} {getattr(davit, name)}"
         for name in own_fields(type(davit))
-        if name not in expressed and getattr(davit, name) != getattr(default, name)
+        if getattr(davit, name) != getattr(translated, name)
     ]
     return {
         "architectures": ["Florence2ForConditionalGeneration"],

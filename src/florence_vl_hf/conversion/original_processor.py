@@ -7,11 +7,10 @@ import tempfile
 from pathlib import Path
 
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, LlavaImageProcessorPil, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..processing import IMAGE_TOKEN, FlorenceVLProcessor, load_chat_template
+from ..processing import IMAGE_TOKEN
 from .checkpoint_files import CheckpointError, read_json
-from .original_config import TowerSettings
 
 
 # Speakers in the original's conversations, and roles of messages.
@@ -86,26 +85,6 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> tuple[
             f"The ids of the tokenizer have gaps; add tokens before {image_token_id} for them first."
         )
     return image_token_id, num_rows
-
-
-def build_processor(
-    tower: TowerSettings, tokenizer: PreTrainedTokenizerBase, num_image_tokens: int, do_pad: bool, chat_template: str
-) -> FlorenceVLProcessor:
-    """Build a processor from a tower's image settings and a tokenizer that has `<image>`."""
-    size = {"height": tower.image_size, "width": tower.image_size}
-    return FlorenceVLProcessor(
-        image_processor=LlavaImageProcessorPil(
-            do_pad=do_pad,
-            size=size,
-            crop_size=size,
-            do_center_crop=False,
-            image_mean=tower.image_mean,
-            image_std=tower.image_std,
-        ),
-        tokenizer=tokenizer,
-        num_image_tokens=num_image_tokens,
-        chat_template=load_chat_template(chat_template, tokenizer),
-    )
 
 
 def detect_chat_template(model_type: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from huggingface_hub.dataclasses import type_validator
 
 from ..modeling import FlorenceVLConfig
 from .checkpoint_files import CheckpointError, LazyTensor, read_json, read_tensor_file
@@ -16,21 +16,20 @@ from .checkpoint_files import CheckpointError, LazyTensor, read_json, read_tenso
 IMAGE_TOKEN_INDEX = -200
 # Of recorded logits, every fifth entry of the vocabulary is kept.
 LOGITS_STRIDE = 5
-# Recorded tensors with one entry per image.
-IMAGE_TENSORS = ("pixel_values", "davit", "image_feature", "encoder_last_hidden_state", "projected")
-# Lists of the record, and the keys that each of their entries must have.
-RECORD_KEYS = {
-    "dialogs": {"conversations"},
-    "forwards": {"rows", "input_ids"},
-    "generations": {"image", "chat_input_ids", "generated_ids"},
-}
 # Runs in the original's environment, without this package.
 RECORD_SCRIPT = Path(__file__).with_name("record_reference.py")
+Ids = list[int]
+# Lists of the record, and the types of what their entries hold.
+RECORD_TYPES: dict[str, dict[str, Any]] = {
+    "dialogs": {"conversations": list[dict[str, str]], "train_input_ids": Ids | None, "chat_input_ids": Ids | None},
+    "forwards": {"rows": list[dict[str, Any]], "input_ids": list[Ids], "attention_mask": list[Ids] | None},
+    "generations": {"image": str, "chat_input_ids": Ids, "generated_ids": Ids},
+}
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Recorded tensors, the images, and the lists of `RECORD_KEYS`. Each may be empty."""
+    """Recorded tensors, paths of the images in their order, and the lists of `RECORD_TYPES`. Each may be empty."""
 
     tensors: dict[str, LazyTensor]
     images: list[Path]
@@ -45,49 +44,37 @@ def read_reference(path: Path) -> Reference:
     Read recorded tensors, and the JSON file of the same name beside them if there is one.
 
     Raises:
-        CheckpointError: If a file is missing or damaged, or tensors and record do not match.
+        CheckpointError: If a file is missing or damaged, or the record lacks an entry or has one of a wrong type.
     """
     if not path.is_file():
         raise CheckpointError(f"There is no reference {path}; record one with `python {RECORD_SCRIPT}`.")
     tensors, record_file = read_tensor_file(path), path.with_suffix(".json")
     raw = read_json(record_file) if record_file.is_file() else {}
-    record = {name: raw.get(name, []) for name in RECORD_KEYS}
-    for name, entries in record.items():
-        keys = RECORD_KEYS[name]
-        if not isinstance(entries, list) or not all(isinstance(e, dict) and keys <= e.keys() for e in entries):
-            raise CheckpointError(
-                f"`{name}` of {record_file} is not a list of entries with {', '.join(sorted(keys))}."
-            )
-    images = raw.get("images", [])
-    if not isinstance(images, list) or any(name in ("", ".", "..") or set("/\\") & set(str(name)) for name in images):
-        raise CheckpointError(f"`images` of {record_file} is not a list of file names.")
-    num_images = {name: tensors[name].shape[:1] for name in IMAGE_TENSORS if name in tensors}
-    num_images |= {"images": (len(images),)} if images else {}
-    if len(set(num_images.values())) > 1:
-        raise CheckpointError(f"{path} and its JSON file disagree about the number of images ({num_images}).")
-    return Reference(tensors, [path.parent / "images" / str(name) for name in images], record)
+    images, record = raw.get("images", []), {name: raw.get(name, []) for name in RECORD_TYPES}
+    try:
+        type_validator("images", images, list[str])
+        for name, types in RECORD_TYPES.items():
+            type_validator(name, record[name], list[dict[str, Any]])
+            for entry in record[name]:
+                for key, expected_type in types.items():
+                    type_validator(f"{name}.{key}", entry.get(key), expected_type)
+    except TypeError as error:
+        raise CheckpointError(f"{record_file} is not a record of the original: {error}; record it again.") from error
+    if outside := [name for name in images if Path(name).name != name]:
+        raise CheckpointError(f"`images` of {record_file} holds {outside[0]!r}, expected the names of files.")
+    return Reference(tensors, [path.parent / "images" / name for name in images], record)
 
 
-def forward_inputs(forward: dict[str, Any], config: FlorenceVLConfig) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """
-    Build the inputs of a recorded forward pass, with the model's image tokens for each placeholder.
-
-    Returns:
-        `tuple[dict[str, torch.Tensor], list[str]]`: Right-padded `input_ids`, `attention_mask` and, if recorded,
-        `labels`, each of shape `(batch_size, sequence_length)`; and the names of the images in order.
-    """
-    counts, images = [], []
-    for row, ids in zip(forward["rows"], forward["input_ids"], strict=True):
-        counts.append(torch.tensor([config.num_image_tokens if i == IMAGE_TOKEN_INDEX else 1 for i in ids]))
-        images += [row["image"]] * ids.count(IMAGE_TOKEN_INDEX)
-    forward = {"attention_mask": [[1] * len(ids) for ids in forward["input_ids"]]} | forward
-    inputs = {}
-    for name, padding in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
-        if name in forward:
-            rows = [torch.tensor(row).repeat_interleave(n) for row, n in zip(forward[name], counts, strict=True)]
-            inputs[name] = pad_sequence(rows, batch_first=True, padding_value=padding)
-    inputs["input_ids"][inputs["input_ids"] == IMAGE_TOKEN_INDEX] = config.image_token_id
-    return inputs, images
+def expand_image_tokens(token_ids: list[int], config: FlorenceVLConfig) -> list[int]:
+    """Replace each of the original's placeholders by the model's image tokens."""
+    image_tokens, vocab_size = [config.image_token_id] * config.num_image_tokens, config.text_config.vocab_size
+    expanded = [token for i in token_ids for token in (image_tokens if i == IMAGE_TOKEN_INDEX else [i])]
+    if unknown := [i for i in expanded if not 0 <= i < vocab_size]:
+        raise CheckpointError(
+            f"The reference has token id {unknown[0]}, but the model has only {vocab_size} tokens; give the reference "
+            f"of the model's own original."
+        )
+    return expanded
 
 
-__all__ = ["IMAGE_TOKEN_INDEX", "LOGITS_STRIDE", "RECORD_SCRIPT", "Reference", "forward_inputs", "read_reference"]
+__all__ = ["IMAGE_TOKEN_INDEX", "LOGITS_STRIDE", "RECORD_SCRIPT", "Reference", "expand_image_tokens", "read_reference"]

@@ -2,6 +2,7 @@
 """Facts of model cards, by the way in which a model was made. The templates beside this file render them."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -82,7 +83,7 @@ class ConvertedCard(Card):
     A model that was converted from `source`, an original checkpoint, or an adapter of the model `base`.
 
     `chat_template` is a name, `None` for the template of `base`. `num_added_rows` counts rows of zeros in embedding
-    tables, `num_unused` tensors that the model does not use. `assumptions` are sentences without local paths.
+    tables, `num_unused` tensors that the model does not use. `assumptions` are sentences.
     """
 
     source: str | Path
@@ -92,7 +93,7 @@ class ConvertedCard(Card):
     cast_to: str | None = None
     num_added_rows: int = 0
     num_unused: int = 0
-    assumptions: list[str] = field(default_factory=list)
+    assumptions: Sequence[str] = ()
 
     template = "converted.md.jinja"
 

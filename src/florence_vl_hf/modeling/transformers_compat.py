@@ -4,7 +4,6 @@
 from dataclasses import fields
 
 import torch
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
@@ -22,11 +21,4 @@ except ImportError:  # before 5.20
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
 
-def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Keep the input of each layer for the backward pass, and recompute everything else."""
-    # Renamed in 5.23.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
-__all__ = ["CACHE", "enable_checkpointing", "slice_logits_to_keep"]
+__all__ = ["CACHE", "slice_logits_to_keep"]
