@@ -85,7 +85,7 @@ def copy_bytes(source: Path, target: Path) -> float:
 def convert(source: Path, target: Path) -> tuple[float, float]:
     """Run the command as a user does, flush its output to the disk, and return seconds and peak memory in bytes."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "florence_vl_hf.cli", "convert", str(source), str(target)])
+    process = subprocess.Popen([sys.executable, "-m", "florence_vl_hf", "convert", str(source), str(target)])
     _, status, usage = os.wait4(process.pid, 0)  # of this process alone
     os.sync()
     if status:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from florence_vl_cli import main
 from florence_vl_hf import FlorenceVLConfig, FlorenceVLForConditionalGeneration, FlorenceVLProcessor
-from florence_vl_hf.cli import main
 from florence_vl_hf.conversion import convert
 
 

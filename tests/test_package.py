@@ -48,10 +48,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def package_files() -> set[str]:
-    """All files of the package in the repository, relative to `src`."""
+    """All files of the package and of its command line in the repository, relative to `src`."""
     source = ROOT / "src"
-    files = (path.relative_to(source) for path in (source / "florence_vl_hf").rglob("*") if path.is_file())
-    return {path.as_posix() for path in files if path.suffix != ".pyc"}
+    files = (path.relative_to(source) for path in source.glob("florence_vl_*/**/*") if path.is_file())
+    return {path.as_posix() for path in files if path.suffix != ".pyc" and ".egg-info" not in path.parts[0]}
 
 
 @pytest.fixture(scope="module")

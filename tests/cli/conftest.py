@@ -6,5 +6,5 @@ from pathlib import Path
 
 def run(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess:
     """Run `florence-vl` in a process of its own."""
-    command = [sys.executable, "-m", "florence_vl_hf.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "florence_vl_hf", *map(str, arguments)]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)

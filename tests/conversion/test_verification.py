@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from florence_vl_cli import main
 from florence_vl_hf import FlorenceVLForConditionalGeneration, FlorenceVLProcessor
-from florence_vl_hf.cli import main
 from florence_vl_hf.conversion import CheckpointError, convert
 from florence_vl_hf.conversion.verification import CheckResult, Tolerances, Verdict, agrees, format_results, verify
 

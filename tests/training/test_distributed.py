@@ -349,7 +349,7 @@ class TestSlurm:
             assert (arguments.num_machines, arguments.num_processes, arguments.machine_rank) == (2, 16, rank)
             assert (arguments.main_process_ip, arguments.main_process_port) == ("node1", 23456)
             assert Path(arguments.config_file) == ACCELERATE_FILES / "fsdp2.yaml"
-            assert arguments.module and arguments.training_script == "florence_vl_hf.cli"
+            assert arguments.module and arguments.training_script == "florence_vl_hf"
             assert arguments.training_script_args == ["train", "my_recipe.yaml", "--set", "seed=1"]
 
     def test_is_requeued_when_its_time_ends(self, tmp_path: Path) -> None:

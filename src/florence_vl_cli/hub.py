@@ -15,7 +15,7 @@ def push(
     dry_run: Annotated[bool, Option("--dry-run", help="Check and list the files, but upload nothing.")] = False,
 ) -> None:
     """Upload a complete model to the Hub, without other files of its directory."""
-    from ..hub import push as push_model
+    from florence_vl_hf.hub import push as push_model
 
     files = push_model(directory, repository, private=private, dry_run=dry_run)
     for name, size in files.items():

@@ -21,8 +21,8 @@ def convert(
     base: Annotated[str | None, Option(help="Base model (directory or Hub id) of a projector or LoRA.")] = None,
 ) -> None:
     """Convert an original checkpoint to a model for Transformers."""
-    from ..conversion import convert as convert_checkpoint
-    from ..conversion.reference import RECORD_SCRIPT
+    from florence_vl_hf.conversion import convert as convert_checkpoint
+    from florence_vl_hf.conversion.reference import RECORD_SCRIPT
 
     checkpoint = convert_checkpoint(
         source,
@@ -56,7 +56,7 @@ def export(
     max_shard_size: options.ShardSize = "1GB",
 ) -> None:
     """Export a model to the original format."""
-    from ..conversion import export as export_model
+    from florence_vl_hf.conversion import export as export_model
 
     exported = export_model(model, output, vision_tower=vision_tower, max_shard_size=max_shard_size)
     config = exported.files["config.json"]
@@ -85,7 +85,7 @@ def assemble(
     max_shard_size: options.ShardSize = "1GB",
 ) -> None:
     """Combine a Florence-2 and a language model with a new projector, for pretraining."""
-    from ..conversion import assemble as assemble_model
+    from florence_vl_hf.conversion import assemble as assemble_model
 
     prompts = {}
     for given in prompt or []:
@@ -117,7 +117,7 @@ def verify(
     device: options.Device = "auto",
 ) -> None:
     """Compare a model with recorded outputs of the original. The exit code is 1 if a check fails."""
-    from ..conversion import load_pretrained, verification
+    from florence_vl_hf.conversion import load_pretrained, verification
 
     network, processor = load_pretrained(model, dtype=dtype, device_map=device)
     results = verification.verify(network, processor, reference, tolerance_factor)

@@ -27,10 +27,10 @@ def check_data(
     report: Annotated[Path | None, Option(help="Write every problem to this .jsonl file.")] = None,
 ) -> None:
     """Check all conversations and images before training. The exit code is 1 if there are problems."""
-    from ..conversion import load_processor
-    from ..training import check_data as checks
-    from ..training import load_conversations
-    from ..training.samples import MAX_IMAGE_SIDE
+    from florence_vl_hf.conversion import load_processor
+    from florence_vl_hf.training import check_data as checks
+    from florence_vl_hf.training import load_conversations
+    from florence_vl_hf.training.samples import MAX_IMAGE_SIDE
 
     if report is not None and report.exists() and Path(file).exists() and report.samefile(file):
         raise FileExistsError(
@@ -55,7 +55,7 @@ def check_data(
 
 def _list_settings(is_requested: bool) -> None:
     if is_requested:
-        from ..training.arguments import describe_settings
+        from florence_vl_hf.training.arguments import describe_settings
 
         typer.echo(describe_settings())
         raise typer.Exit()
@@ -73,8 +73,8 @@ def train(
     ] = False,
 ) -> None:
     """Train a model with a recipe, or resume an interrupted run."""
-    from ..training import read_recipe
-    from ..training import train as train_model
+    from florence_vl_hf.training import read_recipe
+    from florence_vl_hf.training import train as train_model
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # One process of a distributed run is enough to log.
@@ -94,7 +94,7 @@ def merge(
     max_shard_size: options.ShardSize = "1GB",
 ) -> None:
     """Merge an adapter into its base model, which then loads without peft."""
-    from ..training import merge_adapter
+    from florence_vl_hf.training import merge_adapter
 
     model = merge_adapter(adapter, output, base=base, dtype=options.torch_dtype(dtype), max_shard_size=max_shard_size)
     options.echo_written(output, model.config, model.num_parameters())

@@ -11,7 +11,7 @@ from typer import Argument, Option
 if TYPE_CHECKING:
     import torch
 
-    from ..modeling import FlorenceVLConfig
+    from florence_vl_hf.modeling import FlorenceVLConfig
 
 
 def split(values: list[str] | None) -> list[str] | None:
