@@ -65,7 +65,7 @@ def run_command(
     `enter` and `leave` run in that process before and after the command. `interrupt` is a signal, and the seconds
     after which it is sent.
     """
-    from florence_vl_hf.cli import main
+    from florence_vl_cli import main
 
     return run_python(lambda: main(arguments), log, enter, leave, interrupt)
 
