@@ -10,7 +10,7 @@ VENV := .venv
 VENV_OLDEST := .venv-oldest
 VENV_NEWEST := .venv-newest
 
-.PHONY: test test-fast test-oldest test-newest conformance check style coverage build quickstart new-question clean
+.PHONY: test test-fast test-oldest test-newest conformance fuzz check style coverage build quickstart new-question clean
 
 # All checks and all tests, as in CI.
 test: check
@@ -40,6 +40,10 @@ test-newest:
 conformance: $(VENV)/installed
 	$(VENV)/bin/python $(FETCH)
 	$(VENV)/bin/python $(PYTEST) tests/conformance
+
+# Random images, chats, damaged files, kills and full disks, in about 15 minutes. The tests run a small slice.
+fuzz: $(VENV)/installed
+	$(VENV)/bin/python -m tests.fuzz
 
 # Style, types, and the conventions of Transformers' model files.
 check: $(VENV)/installed
