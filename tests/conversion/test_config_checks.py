@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from florence_vl_hf.conversion import CheckpointError, assemble, convert, export, load_pretrained, read_original
+from florence_vl_hf.conversion import (
+    CheckpointError,
+    assemble,
+    convert,
+    export,
+    is_original,
+    load_pretrained,
+    read_original,
+)
 
 from .conftest import LLAMA, PHI
 from .test_assemble_florence_vl import save_llm
@@ -175,3 +183,21 @@ def test_parts_of_a_new_model(name, value, tmp_path):
     change(save_llm(tmp_path / "llm", "llama") / "config.json", name, value)
     with pytest.raises(CheckpointError, match=name.split(".")[-1].split("_")[0]):
         assemble(PHI.checkpoint / "vision_tower", tmp_path / "llm", tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "null", "\udcff"])
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json", "tokenizer.json", "model.safetensors"])
+def test_damaged_files_of_a_converted_model(name, content, model, tmp_path):
+    """One error that names the directory or the file, whatever the libraries raise."""
+    directory = Path(shutil.copytree(model, tmp_path / "model"))
+    (directory / name).write_text(content, encoding="utf-8", errors="surrogateescape")
+    for use in (lambda: export(directory, tmp_path / "out"), lambda: load_pretrained(directory)):
+        with pytest.raises(CheckpointError, match=f"{directory}|{name}"):
+            use()
+
+
+@pytest.mark.parametrize("use", [load_pretrained, read_original])
+def test_empty_path(use):
+    """It would be the current directory."""
+    with pytest.raises(CheckpointError, match="empty path"):
+        use("")

@@ -177,12 +177,17 @@ def _open_pytorch_file(path: Path) -> dict[str, torch.Tensor]:
     return state_dict
 
 
+def check_path(path_or_id: str | Path) -> None:
+    """Refuse an empty path, which would be the current directory."""
+    if not str(path_or_id).strip():
+        raise CheckpointError("Got an empty path; give a directory or the id of a Hub repository.")
+
+
 def resolve_checkpoint(
     path_or_id: str | Path, allow_patterns: tuple[str, ...] = CHECKPOINT_FILES, **hub_kwargs: Any
 ) -> Path:
     """Return a local directory as it is, or download a Hub repository. `hub_kwargs` are of `snapshot_download`."""
-    if not str(path_or_id).strip():
-        raise CheckpointError("Got an empty path; give a directory or the id of a Hub repository.")
+    check_path(path_or_id)
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
     try:

@@ -33,7 +33,7 @@ from .original_checkpoint import (
     tensor_shapes,
 )
 from .original_config import is_first_release, text_config_to_original, tower_config_to_first_release
-from .original_processor import UNUSED_ROW
+from .original_processor import UNUSED_ROW, read_processor
 
 
 logger = logging.get_logger(__name__)
@@ -115,7 +115,7 @@ def read_as_original(source: Path, vision_tower: Path | None = None) -> Exported
     """
     stored = read_tensors(source)
     config = read_config(source, stored)
-    processor = FlorenceVLProcessor.from_pretrained(source)
+    processor = read_processor(source)
     tower_config, tower_unsupported = tower_config_to_first_release(config)
     text_config, text_unsupported = text_config_to_original(config.text_config)
     if unsupported := [*_unsupported_settings(config, processor), *tower_unsupported, *text_unsupported]:

@@ -9,11 +9,12 @@ from transformers.utils import find_adapter_config_file
 
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor, load_chat_template
-from .checkpoint_files import CheckpointError, read_json
+from .checkpoint_files import CheckpointError, check_path, read_json
 from .config_checks import own_fields
 from .original_adapters import check_patterns
 from .original_checkpoint import check_sizes, read_original, read_settings
 from .original_config import TEXT_MODEL_TYPES
+from .original_processor import read_processor
 
 
 # Arguments of `from_pretrained` that concern the download from the Hub.
@@ -39,7 +40,7 @@ def check_model_type(path_or_id: str | Path, **hub_kwargs: Any) -> None:
 
 
 def _model_type(path_or_id: str | Path, **hub_kwargs: Any) -> str:
-    if Path(path_or_id).is_dir() and str(path_or_id):
+    if Path(path_or_id).is_dir():
         return str(read_json(Path(path_or_id) / "config.json").get("model_type"))
     return str(PreTrainedConfig.get_config_dict(path_or_id, **hub_kwargs)[0].get("model_type"))
 
@@ -55,7 +56,7 @@ def load_processor(path_or_id: str | Path) -> FlorenceVLProcessor:
     """Load the processor of a model in either layout. Of an original, weights are read only if necessary."""
     if is_original(path_or_id):
         return read_settings(path_or_id).processor
-    return FlorenceVLProcessor.from_pretrained(path_or_id)
+    return read_processor(path_or_id)
 
 
 def load_original(
@@ -116,6 +117,7 @@ def load_pretrained(
 
     Arguments and return values are those of `load_original`.
     """
+    check_path(path_or_id)
     of_original: dict[str, Any] = {"vision_tower": vision_tower, "image_feature_source": image_feature_source}
     hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     if is_original(path_or_id, **hub_kwargs):
@@ -139,7 +141,7 @@ def load_pretrained(
             config = FlorenceVLConfig.from_pretrained(path_or_id, **hub_kwargs)
             kwargs["config"] = _with_overrides(config, kwargs)
         loaded = FlorenceVLForConditionalGeneration.from_pretrained(path_or_id, **kwargs)
-    processor = FlorenceVLProcessor.from_pretrained(path_or_id, **hub_kwargs)
+    processor = read_processor(path_or_id, **hub_kwargs)
     processor.num_image_tokens = _model_of(loaded).config.num_image_tokens
     if chat_template is not None:
         processor.chat_template = load_chat_template(chat_template, processor.tokenizer, processor.image_token)

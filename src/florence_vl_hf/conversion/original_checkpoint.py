@@ -36,7 +36,7 @@ from .original_config import (
     tower_settings_from_directory,
     tower_settings_from_tensors,
 )
-from .original_processor import add_image_token, detect_chat_template, load_original_tokenizer
+from .original_processor import add_image_token, detect_chat_template, load_original_tokenizer, read_processor
 
 
 logger = logging.get_logger(__name__)
@@ -100,7 +100,7 @@ def read_original(
     if not stored and is_adapter(complete):
         raise CheckpointError(f"{complete} holds only an adapter; give its base model as --base.")
     if base is not None and read_json(complete / "config.json").get("model_type") == FlorenceVLConfig.model_type:
-        config, processor = read_config(complete, stored), FlorenceVLProcessor.from_pretrained(complete)
+        config, processor = read_config(complete, stored), read_processor(complete)
         check_tensors(stored, tensor_shapes(config))
         checkpoint = ConvertedCheckpoint(config, processor, GenerationConfig.from_pretrained(complete))
         checkpoint.tensors = {name: tensor.to(dtype) for name, tensor in stored.items()}
@@ -234,7 +234,9 @@ def read_config(directory: Path, stored: dict[str, LazyTensor]) -> FlorenceVLCon
     raw = read_json(directory / "config.json")
     if raw.get("model_type") != FlorenceVLConfig.model_type:
         expected = f"has model type {raw.get('model_type')!r}, expected {FlorenceVLConfig.model_type!r}"
-        raise CheckpointError(f"{directory} {expected}; convert an original checkpoint first.")
+        raise CheckpointError(f"{directory} {expected}; convert it first.")
+    if not stored:
+        raise CheckpointError(f"{directory} has no complete model.safetensors; save the model with `save_pretrained`.")
     check_layers(raw, len(stored), directory / "config.json")
     with config_errors(directory):
         config = FlorenceVLConfig.from_pretrained(directory)

@@ -6,11 +6,12 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..processing import IMAGE_TOKEN
+from ..processing import IMAGE_TOKEN, FlorenceVLProcessor
 from .checkpoint_files import CheckpointError, read_json
 
 
@@ -38,8 +39,7 @@ def load_original_tokenizer(
         raise CheckpointError(f"{directory} has no tokenizer.json and no tokenizer.model; download them too.")
     if empty := [file for file in files if not file.stat().st_size]:
         raise CheckpointError(f"{empty[0]} is empty; download it again.")
-    if (directory / "tokenizer.json").is_file():
-        _check_patterns(directory / "tokenizer.json")
+    _check_patterns(directory / "tokenizer.json")
     # Apart from the checkpoint's config.json, whose model type Transformers does not know, and without its code.
     with tempfile.TemporaryDirectory() as temporary:
         for file in files:
@@ -61,12 +61,23 @@ def load_original_tokenizer(
     return tokenizer
 
 
+def read_processor(path_or_id: str | Path, **hub_kwargs: Any) -> FlorenceVLProcessor:
+    """Load the processor of a model in this package's layout."""
+    _check_patterns(Path(path_or_id) / "tokenizer.json")
+    try:
+        return FlorenceVLProcessor.from_pretrained(path_or_id, **hub_kwargs)
+    except Exception as error:
+        # Tokenizers and image processors raise many exceptions for damaged files.
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"The processor in {path_or_id} cannot be loaded ({reason}); save it again.") from error
+
+
 def _check_patterns(file: Path) -> None:
     """
     Refuse regular expressions that repeat a group, as no published tokenizer has. Their time can grow exponentially
     with the length of a text, which ends the tokenizers library with a panic.
     """
-    tokenizer = read_json(file)
+    tokenizer = read_json(file) if file.is_file() else {}
     parts = [tokenizer.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
     for pattern in re.findall(r'"Regex": ("(?:[^"\\]|\\.)*")', json.dumps(parts)):
         # Without what an escape or a character class contains.
