@@ -9,9 +9,9 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
-from .conversion.checkpoint_files import CheckpointError, read_json, read_tensors
-from .conversion.original_checkpoint import tensor_shapes
-from .conversion.original_processor import TOKENIZER_FILES
+from .conversion.checkpoint_files import CheckpointError, LazyTensor, read_json, read_tensors
+from .conversion.original_checkpoint import read_config, tensor_shapes
+from .conversion.original_processor import TOKENIZER_FILES, read_processor
 from .model_cards import CARD_FILE, Card, read_metadata, write_card
 from .modeling import FlorenceVLConfig
 from .modeling.configuration_florence_vl import AUTO_MAP
@@ -73,11 +73,9 @@ def files_to_push(directory: Path, name: str | None = None) -> dict[str, int]:
     Check that a directory contains a complete model, write its card if there is none, and list its files with their
     sizes in bytes. `name` is that of the model in its card, by default the directory's.
     """
-    model_type = read_json(directory / "config.json").get("model_type")
-    if model_type != FlorenceVLConfig.model_type:
-        raise CheckpointError(f"{directory} has model type {model_type!r}, expected 'florence_vl'; convert it first.")
-    config = FlorenceVLConfig.from_pretrained(directory)
-    files = _code_files(directory) | _weight_files(directory, config)
+    tensors = read_tensors(directory)
+    config = read_config(directory, tensors)
+    files = _code_files(directory) | _weight_files(directory, config, tensors)
     processor = _load_processor(directory, config)
     card_file = directory / CARD_FILE
     if not card_file.exists():
@@ -108,13 +106,11 @@ def _code_files(directory: Path) -> set[Path]:
     return modules
 
 
-def _weight_files(directory: Path, config: FlorenceVLConfig) -> set[Path]:
-    tensors = read_tensors(directory)
+def _weight_files(directory: Path, config: FlorenceVLConfig, tensors: dict[str, LazyTensor]) -> set[Path]:
     files = {tensor.file for tensor in tensors.values()}
     if {file.suffix for file in files} != {".safetensors"}:
         raise CheckpointError(f"{directory} has no complete model.safetensors; save the model with `save_pretrained`.")
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if missing := tensor_shapes(config).keys() - tensors.keys() - tied:
+    if missing := tensor_shapes(config).keys() - tensors.keys():
         raise CheckpointError(
             f"The weights in {directory} lack {len(missing)} tensors of the model, such as {min(missing)}; save the "
             f"model again."
@@ -123,10 +119,7 @@ def _weight_files(directory: Path, config: FlorenceVLConfig) -> set[Path]:
 
 
 def _load_processor(directory: Path, config: FlorenceVLConfig) -> FlorenceVLProcessor:
-    try:
-        processor = FlorenceVLProcessor.from_pretrained(directory)
-    except Exception as error:  # tokenizers and image processors raise many types
-        raise CheckpointError(f"The processor in {directory} cannot be loaded ({error}); save it again.") from error
+    processor = read_processor(directory)
     given = (processor.num_image_tokens, processor.image_token_id)
     expected = (config.num_image_tokens, config.image_token_id)
     if given != expected:

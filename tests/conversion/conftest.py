@@ -25,7 +25,7 @@ def llama_copy(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def phi_copy(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(PHI.checkpoint, tmp_path / "original"))
+    return Path(shutil.copytree(PHI.checkpoint, tmp_path / "original-phi"))
 
 
 def all_tensors(directory: Path) -> dict[str, torch.Tensor]:

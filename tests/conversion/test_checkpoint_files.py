@@ -1,10 +1,13 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 import errno
 import multiprocessing
+import os
+import signal
 import time
 import weakref
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,9 +68,6 @@ class TestLazyTensor:
         self.check(tensor.to(torch.float16).with_rows(13).transposed(), padded.T)
         self.check(tensor.transposed().with_rows(6), torch.cat([expected.T, torch.zeros(2, 10)]))
         self.check(tensor.with_rows(13).with_rows(4), expected[:4])
-
-    def test_integers_are_not_cast(self):
-        self.check(lazy(torch.arange(3)).to(torch.float16), torch.arange(3))
 
     def test_it_is_named_with_its_file(self, table):
         assert str(table[0]).split(" in ")[0] in ("table", "tensor")
@@ -177,6 +177,32 @@ class TestOutputDirectory:
             pass
         assert sorted(path.name for path in tmp_path.iterdir()) == [".good.incomplete", "g*"]
 
+    def test_a_second_run_on_the_same_output_is_refused(self, tmp_path, monkeypatch):
+        output = tmp_path / "output"
+        (tmp_path / "link").symlink_to(tmp_path)
+        monkeypatch.chdir(tmp_path)
+        with output_directory(output) as directory:
+            (directory / "file").write_text("content")
+            for same in (output, Path("output"), tmp_path / "link" / "output"):
+                with pytest.raises(CheckpointError, match="Another run is writing"), output_directory(same):
+                    pytest.fail("must not begin")
+            with output_directory(tmp_path / "other"):
+                pass
+        assert (output / "file").read_text() == "content"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "other", "output"]
+
+    def test_a_lock_file_without_a_process_does_not_block(self, tmp_path):
+        (tmp_path / ".output.lock").touch()
+        with output_directory(tmp_path / "output"):
+            pass
+        assert [path.name for path in tmp_path.iterdir()] == ["output"]
+
+    def test_an_output_that_is_a_link_to_nothing(self, tmp_path):
+        (tmp_path / "output").symlink_to(tmp_path / "elsewhere")
+        with output_directory(tmp_path / "output") as directory:
+            (directory / "file").touch()
+        assert (tmp_path / "elsewhere" / "file").exists() and (tmp_path / "output" / "file").exists()
+
     @pytest.mark.parametrize("output", ["", "."])
     def test_the_current_directory_is_no_output(self, output, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -207,10 +233,69 @@ def _convert(output: Path) -> None:
     convert(LLAMA.checkpoint, output, LLAMA.vision_tower, max_shard_size="200KB")
 
 
-def test_a_conversion_that_is_killed_leaves_nothing_or_all(tmp_path):
+@pytest.fixture(scope="module")
+def processes() -> Any:
+    """Starts processes that have imported this package already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["florence_vl_hf.conversion", __name__])
+    return context
+
+
+@pytest.mark.parametrize(("signal_number", "exit_code"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 1)])
+def test_a_run_that_is_ended_by_a_signal_leaves_nothing(signal_number, exit_code, processes, tmp_path):
+    begun = processes.Event()
+    process = processes.Process(target=_write_for_ever, args=(tmp_path / "output", begun))
+    process.start()
+    assert begun.wait(60) and len(list(tmp_path.iterdir())) == 2  # the directory and the lock
+    os.kill(process.pid, signal_number)
+    process.join(60)
+    assert process.exitcode == exit_code
+    assert list(tmp_path.iterdir()) == []
+
+
+def _write_for_ever(output: Path, begun: Any) -> None:
+    with output_directory(output) as directory:
+        (directory / "file").write_text("content")
+        begun.set()
+        time.sleep(600)
+
+
+def test_a_run_that_fails_does_no_harm_to_one_that_is_stopped(processes, tmp_path):
+    begun, go_on = processes.Event(), processes.Event()
+    process = processes.Process(target=_write_in_two_steps, args=(tmp_path / "output", begun, go_on))
+    process.start()
+    assert begun.wait(60)
+    with pytest.raises(CheckpointError, match="Another run is writing"):
+        convert("nowhere", tmp_path / "output")
+    go_on.set()
+    process.join(60)
+    assert process.exitcode == 0
+    assert sorted(file.name for file in (tmp_path / "output").iterdir()) == ["config.json", "weights"]
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
+
+
+def _write_in_two_steps(output: Path, begun: Any, go_on: Any) -> None:
+    with output_directory(output) as directory:
+        (directory / "weights").write_text("content")
+        begun.set()
+        assert go_on.wait(60)
+        directory.mkdir(exist_ok=True)  # as `save_pretrained` does
+        (directory / "config.json").write_text("{}")
+
+
+def test_other_handlers_of_sigterm_are_kept(tmp_path):
+    received = []
+    previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        with output_directory(tmp_path / "output"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert received == [signal.SIGTERM] and (tmp_path / "output").exists()
+
+
+def test_a_conversion_that_is_killed_leaves_nothing_or_all(processes, tmp_path):
     """A process is killed at many moments of a conversion; the next conversion succeeds."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["florence_vl_hf.conversion", __name__])
     warm_up = processes.Process(target=_convert, args=(tmp_path / "warm-up",))
     warm_up.start()
     warm_up.join()
@@ -237,6 +322,6 @@ def test_a_conversion_that_is_killed_leaves_nothing_or_all(tmp_path):
     if not output.exists():
         _convert(output)
     assert sorted(file.name for file in output.iterdir()) == files
-    assert not [path for path in tmp_path.iterdir() if "incomplete" in path.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["complete", "output", "warm-up"]
     AutoModelForImageTextToText.from_pretrained(output)
     AutoProcessor.from_pretrained(output)

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from florence_vl_hf.conversion import CheckpointError, convert, load_pretrained
+from florence_vl_hf.training import merge_adapter
 
 from .conftest import LLAMA, PHI
 
@@ -153,7 +154,7 @@ class TestRefusals:
 
     def test_tensor_that_no_model_has(self, adapter, tmp_path):
         torch.save({"model.mm_resampler.weight": torch.zeros(2)}, adapter / "mm_projector.bin")
-        with pytest.raises(CheckpointError, match="not a tensor of a Florence-VL"):
+        with pytest.raises(CheckpointError, match="not a weight of a Florence-VL"):
             convert(adapter, tmp_path / "out", LLAMA.vision_tower, base=LLAMA.checkpoint)
 
     @pytest.mark.parametrize(
@@ -168,6 +169,29 @@ class TestRefusals:
         config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **settings}
         (adapter / "adapter_config.json").write_text(json.dumps(config))
         with pytest.raises(CheckpointError, match=message):
+            convert(adapter, tmp_path / "out", LLAMA.vision_tower, base=LLAMA.checkpoint)
+
+    @pytest.mark.parametrize("field", ["alpha_pattern", "rank_pattern"])
+    def test_pattern_that_can_take_for_ever(self, field, base, tmp_path):
+        """PEFT matches patterns as regular expressions: this one takes hours."""
+        write_lora_of_the_tower(tmp_path / "adapter", lora_alpha=4)
+        file = tmp_path / "adapter" / "adapter_config.json"
+        pattern = {"(" + "(.+)+" * 9 + ")+x": 2}
+        file.write_text(
+            json.dumps(json.loads(file.read_text()) | {field: pattern, "base_model_name_or_path": str(base)})
+        )
+        with pytest.raises(CheckpointError, match=f"{field} .*plain names"):
+            convert(tmp_path / "adapter", tmp_path / "out", base=base)
+        with pytest.raises(CheckpointError, match=f"{field} .*plain names"):
+            load_pretrained(tmp_path / "adapter")
+        with pytest.raises(CheckpointError, match=f"{field} .*plain names"):
+            merge_adapter(tmp_path / "adapter", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_integer_weights(self, adapter, tmp_path):
+        projector = {name: tensor.int() for name, tensor in random_projector("model.").items()}
+        torch.save(projector, adapter / "mm_projector.bin")
+        with pytest.raises(CheckpointError, match="mm_projector.bin is not"):
             convert(adapter, tmp_path / "out", LLAMA.vision_tower, base=LLAMA.checkpoint)
 
     @pytest.mark.parametrize("lora_alpha", [None, float("nan")])

@@ -90,6 +90,16 @@ class TestRefusals:
         edit_shard(llama_copy, lambda tensors: tensors.update({name: torch.zeros(8, 96)}))
         self.refuse(llama_copy, rf"transpose of {name} in .* has shape \(96, 8\), expected \(8, 96\)")
 
+    @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
+    def test_integer_weights(self, name, llama_copy):
+        for number in (1, 2):
+            edit_shard(
+                llama_copy,
+                lambda tensors: tensors.update({n: tensors[n].int() for n in tensors if n == name}),
+                number,
+            )
+        self.refuse(llama_copy, f"{name} in .* has dtype torch.int32, expected floating-point")
+
     def test_no_weights(self, llama_copy):
         remove_weights(llama_copy)
         self.refuse(llama_copy, "holds no weights")

@@ -92,7 +92,7 @@ class TestRefusals:
             ({"mm_projector_type": "linear"}, "projector of type 'linear'"),
             ({"mm_projector_type": "mlp2x_gelu"}, "layers.2.weight|encoder_mlp.2.1"),
             ({"hidden_size": 32}, "expected .*32"),
-            ({"vocab_size": 400}, "has 482 tokens, but .* size is only 400"),
+            ({"vocab_size": 400}, "has 482 tokens, but .* size is 400"),
         ],
     )
     def test_configuration_that_does_not_match(self, changes, message, llama_copy):

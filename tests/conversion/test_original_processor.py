@@ -1,4 +1,5 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+import json
 import shutil
 
 import pytest
@@ -6,6 +7,8 @@ import torch
 from transformers import AutoTokenizer
 
 from florence_vl_hf.conversion import CheckpointError, read_original
+from florence_vl_hf.conversion.original_config import Assumption
+from florence_vl_hf.conversion.original_processor import load_original_tokenizer
 
 from .conftest import LLAMA, edit_config
 
@@ -50,3 +53,55 @@ def test_missing_or_damaged_tokenizer_is_an_error(llama_copy):
     (llama_copy / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match="has no tokenizer.json and no tokenizer.model"):
         read_original(llama_copy, vision_tower=LLAMA.vision_tower)
+
+
+def test_missing_tokenizer_settings_are_said(phi_copy, llama_copy):
+    """Without them, Phi's special tokens do not strip the white space after them, which changes token ids."""
+    assert Assumption.TOKENIZER not in read_original(phi_copy).assumptions
+    (phi_copy / "tokenizer_config.json").unlink()
+    assert Assumption.TOKENIZER in read_original(phi_copy).assumptions
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_refused"),
+    [
+        (r"(\w+\s?)*$", True),
+        (r"(?:a|aa)+$", True),
+        (r"x|(?:[a-z]+){2,}", True),
+        (
+            r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+            False,
+        ),
+        (r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|\)+|(?:'s)?""", False),
+    ],
+)
+@pytest.mark.parametrize("part", ["pre_tokenizer", "normalizer"])
+def test_regular_expressions_of_exponential_time_are_refused(part, pattern, is_refused, llama_copy):
+    """They end the tokenizers library with a panic, which no error handler expects."""
+    file = llama_copy / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    step = {"type": "Split", "behavior": "Isolated", "invert": False}
+    step = step if part == "pre_tokenizer" else {"type": "Replace", "content": "x"}
+    tokenizer[part] = {
+        "type": "Sequence",
+        {"pre_tokenizer": "pretokenizers", "normalizer": "normalizers"}[part]: [
+            step | {"pattern": {"Regex": pattern}}
+        ],
+    }
+    file.write_text(json.dumps(tokenizer))
+    if is_refused:
+        with pytest.raises(CheckpointError, match=r"tokenizer.json has the regular expression .* repeats a group"):
+            read_original(llama_copy, vision_tower=LLAMA.vision_tower)
+    else:
+        load_original_tokenizer(llama_copy)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"model": 3}'])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "tokenizer.model"])
+def test_damaged_files_are_named(name, content, llama_copy, phi_copy):
+    directory = phi_copy if name == "tokenizer.model" else llama_copy
+    (directory / name).write_text(content)
+    if (name, content) == ("tokenizer_config.json", '{"model": 3}'):
+        return
+    with pytest.raises(CheckpointError, match=str(directory)):
+        load_original_tokenizer(directory)

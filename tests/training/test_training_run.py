@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from florence_vl_hf.conversion import convert
+from florence_vl_hf.conversion import CheckpointError, convert
+from florence_vl_hf.conversion.checkpoint_files import locked, output_directory
 from florence_vl_hf.hub import files_to_push
 from florence_vl_hf.model_cards import read_training
 from florence_vl_hf.processing import load_chat_template
@@ -242,6 +243,17 @@ def test_settings_are_listed(capsys):
     printed = capsys.readouterr().out
     assert "stage: Literal['pretrain', 'finetune', " in printed and "] = 'finetune'\n    Training stage.\n" in printed
     assert "train_file: str\n" in printed and "per_device_train_batch_size" not in printed
+
+
+def test_two_runs_do_not_write_the_same_directory(recipe):
+    output = Path(recipe["output_dir"])
+    with output_directory(output), pytest.raises(CheckpointError, match="Another run is writing"):
+        train(recipe)
+    with locked(output), pytest.raises(CheckpointError, match="Another run is writing"):
+        convert(recipe["model_name_or_path"], output)
+    with pytest.raises(ValueError, match="nowhere.json"):
+        train(recipe | {"train_file": "nowhere.json"})
+    assert [path for path in output.parent.iterdir() if path.name.startswith(".")] == []
 
 
 class TestMistakes:

@@ -16,7 +16,15 @@ from transformers import (
 
 from ..modeling import FlorenceVLConfig
 from ..modeling.configuration_florence_vl import DEFAULT_PROMPTS
-from .checkpoint_files import CheckpointError, LazyTensor, output_directory, read_tensors, resolve_checkpoint
+from .checkpoint_files import (
+    CheckpointError,
+    LazyTensor,
+    output_directory,
+    read_json,
+    read_tensors,
+    resolve_checkpoint,
+)
+from .config_checks import check_layers
 from .key_mapping import to_original
 from .original_checkpoint import (
     ConvertedCheckpoint,
@@ -72,7 +80,9 @@ def assemble(
     """
     with output_directory(Path(output)) as directory:
         tower_directory, llm_directory = resolve_checkpoint(vision_tower), resolve_checkpoint(llm)
-        tower = tower_settings_from_directory(tower_directory)
+        tower_tensors, stored = read_tower_tensors(tower_directory), read_tensors(llm_directory)
+        tower = tower_settings_from_directory(tower_directory, len(tower_tensors))
+        check_layers(read_json(llm_directory / "config.json"), len(stored), llm_directory / "config.json")
         text_config, tokenizer = _read_text_config(llm_directory), load_original_tokenizer(llm_directory)
         tower.assumptions.extend(_ensure_padding_token(tokenizer))
         text_config.pad_token_id = tokenizer.pad_token_id
@@ -95,11 +105,10 @@ def assemble(
             prompt_token_ids=prompt_token_ids,
             projector_depth=projector_depth,
         )
-        stored = read_tensors(llm_directory)
         embeddings = stored.get("model.embed_tokens.weight")
         if embeddings is None:
             raise CheckpointError(f"{llm} has no model.embed_tokens.weight; give a Llama, Phi-3, Mistral or Qwen.")
-        stored |= read_tower_tensors(tower_directory) | _new_projector(checkpoint.config)
+        stored |= tower_tensors | _new_projector(checkpoint.config)
         convert_tensors(checkpoint, stored, dtype or embeddings.dtype)
         checkpoint.save(directory, max_shard_size)
     return checkpoint

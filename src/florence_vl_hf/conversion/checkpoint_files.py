@@ -5,14 +5,18 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import _TYPES as SAFETENSORS_DTYPES
@@ -77,8 +81,8 @@ class LazyTensor:
         return self if num_rows == self.shape[0] else replace(self, shape=(num_rows, *self.shape[1:]), load=load)
 
     def to(self, dtype: torch.dtype | None) -> "LazyTensor":
-        """Cast a floating-point tensor if a dtype is given. Others, such as indices, keep their dtype."""
-        if dtype in (None, self.dtype) or not self.dtype.is_floating_point:
+        """Cast the tensor if a dtype is given."""
+        if dtype is None or dtype == self.dtype:
             return self
         return replace(self, dtype=dtype, load=lambda: self.load().to(dtype))
 
@@ -173,12 +177,17 @@ def _open_pytorch_file(path: Path) -> dict[str, torch.Tensor]:
     return state_dict
 
 
+def check_path(path_or_id: str | Path) -> None:
+    """Refuse an empty path, which would be the current directory."""
+    if not str(path_or_id).strip():
+        raise CheckpointError("Got an empty path; give a directory or the id of a Hub repository.")
+
+
 def resolve_checkpoint(
     path_or_id: str | Path, allow_patterns: tuple[str, ...] = CHECKPOINT_FILES, **hub_kwargs: Any
 ) -> Path:
     """Return a local directory as it is, or download a Hub repository. `hub_kwargs` are of `snapshot_download`."""
-    if not str(path_or_id).strip():
-        raise CheckpointError("Got an empty path; give a directory or the id of a Hub repository.")
+    check_path(path_or_id)
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
     try:
@@ -191,28 +200,73 @@ def resolve_checkpoint(
 
 
 @contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """
+    Hold the lock of an output, so that no two runs write it at the same time.
+
+    A process that is killed releases it. SIGTERM ends the block like SIGINT, unless something else handles it.
+
+    Raises:
+        CheckpointError: If another run holds the lock.
+    """
+    output = output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the output, or inside where only that can be written, such as a mounted directory.
+    directory = output.parent if os.access(output.parent, os.W_OK) else output
+    lock_file = directory / f".{output.name}.lock"
+    with _sigterm_raises():
+        try:
+            lock = FileLock(lock_file, timeout=0).acquire()
+        except Timeout:
+            raise CheckpointError(f"Another run is writing {output}; wait for it, or give another output.") from None
+        with lock:
+            try:
+                yield
+            finally:
+                # While it is held: a run that has opened the file already is refused, or opens it anew.
+                with suppress(PermissionError):  # Windows deletes no open file, but filelock does it there
+                    lock_file.unlink()
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Raise `SystemExit` on SIGTERM, which by default ends a process without any cleaning up."""
+    is_main = threading.current_thread() is threading.main_thread()  # others may not set handlers
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
 def output_directory(output: Path) -> Iterator[Path]:
     """
     Yield a temporary directory, which becomes `output` when the block succeeds and is removed otherwise.
 
     Raises:
-        CheckpointError: If `output` exists and is not an empty directory. Nothing is ever overwritten.
+        CheckpointError: If `output` exists and is not an empty directory, or if another run is writing it. Nothing is
+            ever overwritten.
     """
     if not output.name:
         raise CheckpointError(f"{str(output)!r} cannot be created; give the path of a new output directory.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists already; remove it or give another output directory.")
-    output = output.absolute()
+    output = output.resolve()
     incomplete = output.parent / f".{output.name}.incomplete"
-    # What a killed run left behind is of no use: nothing tells which of its files are complete.
-    shutil.rmtree(incomplete, ignore_errors=True)
-    incomplete.mkdir(parents=True)
-    try:
-        yield incomplete
-        os.replace(incomplete, output)
-    except BaseException:
+    with locked(output):
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise CheckpointError(f"{output} exists already; remove it or give another output directory.")
+        # What a killed run left behind is of no use: nothing tells which of its files are complete.
         shutil.rmtree(incomplete, ignore_errors=True)
-        raise
+        try:
+            incomplete.mkdir()
+            yield incomplete
+            os.replace(incomplete, output)
+        except BaseException:
+            shutil.rmtree(incomplete, ignore_errors=True)
+            raise
 
 
 def write_tensors(directory: Path, tensors: dict[str, LazyTensor], max_shard_size: int | str) -> None:

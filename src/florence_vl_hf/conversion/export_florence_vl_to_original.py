@@ -24,9 +24,16 @@ from .checkpoint_files import (
     write_tensors,
 )
 from .key_mapping import ORIGINAL_TOWER, to_original
-from .original_checkpoint import EMBEDDING_TABLES, TOWER_DIRECTORY, check_tensors, read_tower_tensors, tensor_shapes
+from .original_checkpoint import (
+    EMBEDDING_TABLES,
+    TOWER_DIRECTORY,
+    check_tensors,
+    read_config,
+    read_tower_tensors,
+    tensor_shapes,
+)
 from .original_config import is_first_release, text_config_to_original, tower_config_to_first_release
-from .original_processor import UNUSED_ROW
+from .original_processor import UNUSED_ROW, read_processor
 
 
 logger = logging.get_logger(__name__)
@@ -106,18 +113,16 @@ def read_as_original(source: Path, vision_tower: Path | None = None) -> Exported
     Raises:
         CheckpointError: If the original does not support one of its settings, or weights are missing or unknown.
     """
-    model_type = read_json(source / "config.json").get("model_type")
-    if model_type != FlorenceVLConfig.model_type:
-        raise CheckpointError(f"{source} has model type {model_type!r}, expected {FlorenceVLConfig.model_type!r}.")
-    config = FlorenceVLConfig.from_pretrained(source)
-    processor = FlorenceVLProcessor.from_pretrained(source)
+    stored = read_tensors(source)
+    config = read_config(source, stored)
+    processor = read_processor(source)
     tower_config, tower_unsupported = tower_config_to_first_release(config)
     text_config, text_unsupported = text_config_to_original(config.text_config)
     if unsupported := [*_unsupported_settings(config, processor), *tower_unsupported, *text_unsupported]:
         raise CheckpointError(f"The original code does not support {'; '.join(unsupported)}; change these settings.")
 
     tokenizer, num_tokens = _original_tokenizer(read_json(source / "tokenizer.json"))
-    tensors = _original_tensors(config, read_tensors(source), num_tokens)
+    tensors = _original_tensors(config, stored, num_tokens)
     embeddings = tensors["model.embed_tokens.weight"]
     if vision_tower is not None:
         tensors |= _decoder_tensors(

@@ -10,9 +10,12 @@ from transformers.utils import find_adapter_config_file
 
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor, load_chat_template
-from .checkpoint_files import CheckpointError, read_json
-from .original_checkpoint import read_original, read_settings
-from .original_config import TEXT_MODEL_TYPES, own_fields
+from .checkpoint_files import CheckpointError, check_path, read_json
+from .config_checks import own_fields
+from .original_adapters import check_patterns
+from .original_checkpoint import check_sizes, read_original, read_settings
+from .original_config import TEXT_MODEL_TYPES
+from .original_processor import read_processor
 
 
 # Arguments of `from_pretrained` that concern the download from the Hub.
@@ -22,15 +25,14 @@ HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_file
 def is_original(path_or_id: str | Path, **hub_kwargs: Any) -> bool:
     """Whether the `config.json` of a directory or Hub repository has the model type of an original checkpoint."""
     try:
-        config, _ = PreTrainedConfig.get_config_dict(path_or_id, **hub_kwargs)
+        return _model_type(path_or_id, **hub_kwargs) in TEXT_MODEL_TYPES
     except (OSError, ValueError):
         return False  # What loads the checkpoint says what is wrong with it.
-    return config.get("model_type") in TEXT_MODEL_TYPES
 
 
 def check_model_type(path_or_id: str | Path, **hub_kwargs: Any) -> None:
     """Raise a `CheckpointError` if a directory or Hub repository has no Florence-VL, in either layout."""
-    model_type = PreTrainedConfig.get_config_dict(path_or_id, **hub_kwargs)[0].get("model_type")
+    model_type = _model_type(path_or_id, **hub_kwargs)
     if model_type not in (FlorenceVLConfig.model_type, *TEXT_MODEL_TYPES):
         raise CheckpointError(
             f"{path_or_id} has model type {model_type!r}, expected {FlorenceVLConfig.model_type!r}; "
@@ -38,11 +40,17 @@ def check_model_type(path_or_id: str | Path, **hub_kwargs: Any) -> None:
         )
 
 
+def _model_type(path_or_id: str | Path, **hub_kwargs: Any) -> str:
+    if Path(path_or_id).is_dir():
+        return str(read_json(Path(path_or_id) / "config.json").get("model_type"))
+    return str(PreTrainedConfig.get_config_dict(path_or_id, **hub_kwargs)[0].get("model_type"))
+
+
 def load_processor(path_or_id: str | Path) -> FlorenceVLProcessor:
     """Load the processor of a model in either layout. Of an original, weights are read only if necessary."""
     if is_original(path_or_id):
         return read_settings(path_or_id).processor
-    return FlorenceVLProcessor.from_pretrained(path_or_id)
+    return read_processor(path_or_id)
 
 
 def load_original(
@@ -107,18 +115,23 @@ def load_pretrained(
 
     Arguments and return values are those of `load_original`.
     """
+    check_path(path_or_id)
     of_original: dict[str, Any] = {"vision_tower": vision_tower, "image_feature_source": image_feature_source}
     hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     if is_original(path_or_id, **hub_kwargs):
         return load_original(path_or_id, chat_template=chat_template, **of_original, **kwargs)
     adapter_config = find_adapter_config_file(str(path_or_id), **hub_kwargs)
-    base = adapter_config and read_json(Path(adapter_config)).get("base_model_name_or_path")
+    adapter = read_json(Path(adapter_config)) if adapter_config else {}
+    check_patterns(adapter)
+    base = adapter.get("base_model_name_or_path")
     if base and is_original(base):
         loaded, _ = load_original(base, **of_original, **kwargs)
         _model_of(loaded).load_adapter(str(path_or_id))
     else:
         if not base:
             check_model_type(path_or_id, **hub_kwargs)
+            if Path(path_or_id).is_dir():
+                check_sizes(Path(path_or_id), allow_mismatch=kwargs.get("ignore_mismatched_sizes", False))
         if vision_tower is not None:
             raise CheckpointError(f"{path_or_id} is not an original checkpoint and has a vision tower; omit this one.")
         kwargs |= {} if image_feature_source is None else {"image_feature_source": image_feature_source}
@@ -126,7 +139,7 @@ def load_pretrained(
             config = FlorenceVLConfig.from_pretrained(path_or_id, **hub_kwargs)
             kwargs["config"] = _with_overrides(config, kwargs)
         loaded = FlorenceVLForConditionalGeneration.from_pretrained(path_or_id, **kwargs)
-    processor = FlorenceVLProcessor.from_pretrained(path_or_id, **hub_kwargs)
+    processor = read_processor(path_or_id, **hub_kwargs)
     processor.num_image_tokens = _model_of(loaded).config.num_image_tokens
     if chat_template is not None:
         processor.chat_template = load_chat_template(chat_template, processor.tokenizer, processor.image_token)

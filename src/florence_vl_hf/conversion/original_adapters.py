@@ -36,8 +36,8 @@ def apply_adapter(tensors: dict[str, LazyTensor], directory: Path) -> dict[str, 
             name = stored_name.removeprefix(PEFT_PREFIX)
             # Projector files are saved with and without the model's prefix.
             mapped = to_converted(name) or to_converted(f"model.{name}")
-            if mapped is None:
-                raise CheckpointError(f"{tensor} is not a tensor of a Florence-VL; this adapter is of another model.")
+            if mapped is None or not tensor.dtype.is_floating_point:
+                raise CheckpointError(f"{tensor} is not a weight of a Florence-VL; this adapter is of another model.")
             if mapped.name is not None:
                 replacement = tensor.transposed() if mapped.transposed else tensor
                 _check_fits(tensors, mapped.name, replacement.shape, path)
@@ -62,6 +62,7 @@ def _merge_lora(tensors: dict[str, LazyTensor], directory: Path) -> None:
         if (config.get(field) or value) != value:
             problem = f"{directory / LORA_CONFIG} has {field} {config[field]!r}, expected {value!r}"
             raise CheckpointError(f"{problem}; merge it in the original's environment and convert the result.")
+    check_patterns(config)
     path = directory / "adapter_model.safetensors"
     path = path if path.is_file() else directory / "adapter_model.bin"
     if not path.is_file():
@@ -70,7 +71,7 @@ def _merge_lora(tensors: dict[str, LazyTensor], directory: Path) -> None:
     pairs: dict[str, dict[str, LazyTensor]] = {}
     for stored_name, tensor in read_tensor_file(path).items():
         match = re.fullmatch(re.escape(PEFT_PREFIX) + r"(.+)\.lora_(A|B)(?:\.default)?\.weight", stored_name)
-        if match is None:
+        if match is None or len(tensor.shape) != 2 or not tensor.dtype.is_floating_point:
             raise CheckpointError(f"{tensor} is not a matrix of LoRA; it cannot be merged.")
         pairs.setdefault(match[1], {})[match[2]] = tensor
     for module, pair in pairs.items():
@@ -90,10 +91,18 @@ def _load_merged(base: LazyTensor, down: LazyTensor, up: LazyTensor, scaling: fl
     return (weight.float() + scaling * (up.load().float() @ down.load().float())).to(weight.dtype)
 
 
+def check_patterns(config: dict[str, Any]) -> None:
+    """Refuse names of layers that PEFT would match as regular expressions, which can take for ever."""
+    for field in ("alpha_pattern", "rank_pattern"):
+        patterns = config.get(field) or {}
+        if not isinstance(patterns, dict) or not all(re.fullmatch(r"[\w.]+", pattern) for pattern in patterns):
+            raise CheckpointError(f"{LORA_CONFIG} has {field} {patterns}, expected values by plain names of layers.")
+
+
 def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
     patterns = config.get("alpha_pattern") or {}
-    # Parity: PEFT matches patterns with the end of a module's name (`get_pattern_key`).
-    pattern = next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), None)
+    # Parity: PEFT compares patterns with the end of a module's name (`get_pattern_key`).
+    pattern = next((name for name in patterns if f".{module}".endswith(f".{name}")), None)
     alpha = config.get("lora_alpha") if pattern is None else patterns[pattern]
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise CheckpointError(f"{LORA_CONFIG} has lora_alpha {alpha!r} for {module}, expected a number.")

@@ -1,6 +1,7 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """An original checkpoint in this package's layout: checked from end to end, with weights that are read on demand."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from .checkpoint_files import (
     resolve_checkpoint,
     write_tensors,
 )
+from .config_checks import check_config, check_layers, check_numbers, config_errors
 from .key_mapping import ORIGINAL_TOWER, TIED_WORDS, MappedName, to_converted, to_original
 from .original_adapters import apply_adapter, is_adapter
 from .original_config import (
@@ -33,7 +35,7 @@ from .original_config import (
     tower_settings_from_directory,
     tower_settings_from_tensors,
 )
-from .original_processor import add_image_token, detect_chat_template, load_original_tokenizer
+from .original_processor import add_image_token, detect_chat_template, load_original_tokenizer, read_processor
 
 
 logger = logging.get_logger(__name__)
@@ -97,7 +99,7 @@ def read_original(
     if not stored and is_adapter(complete):
         raise CheckpointError(f"{complete} holds only an adapter; give its base model as --base.")
     if base is not None and read_json(complete / "config.json").get("model_type") == FlorenceVLConfig.model_type:
-        config, processor = FlorenceVLConfig.from_pretrained(complete), FlorenceVLProcessor.from_pretrained(complete)
+        config, processor = read_config(complete, stored), read_processor(complete)
         check_tensors(stored, tensor_shapes(config))
         checkpoint = ConvertedCheckpoint(config, processor, GenerationConfig.from_pretrained(complete))
         checkpoint.tensors = {name: tensor.to(dtype) for name, tensor in stored.items()}
@@ -116,7 +118,7 @@ def read_original(
 def read_settings(path_or_id: str | Path) -> ConvertedCheckpoint:
     """Read an original checkpoint except for its tensors: their shapes too if its tower has no configuration."""
     source = resolve_checkpoint(path_or_id, SETTINGS_FILES)
-    if (source / TOWER_DIRECTORY / "config.json").is_file():
+    if not Path(path_or_id).is_dir() and (source / TOWER_DIRECTORY / "config.json").is_file():
         return _read_settings(source)
     source = resolve_checkpoint(path_or_id)
     return _read_settings(source, read_tensors(source))
@@ -135,15 +137,19 @@ def _read_settings(
     check_is_florence_vl(original, has_davit or has_tower_config, source)
     if stored is not None and not stored:
         raise CheckpointError(f"{source} holds no weights; download its model-*.safetensors or pytorch_model-*.bin.")
+    num_tensors = math.inf if stored is None else len(stored)
+    check_layers(original, num_tensors, source / "config.json")
     if vision_tower is not None or has_tower_config:
-        tower = tower_settings_from_directory(vision_tower or tower_directory)
+        tower = tower_settings_from_directory(vision_tower or tower_directory, num_tensors)
     else:
         tower = tower_settings_from_tensors(stored or {})
+    with config_errors(source):
+        text_config = text_config_from_original(original)
     tokenizer = load_original_tokenizer(source)
     return build_settings(
         source,
         tower,
-        text_config_from_original(original),
+        text_config,
         tokenizer,
         chat_template or detect_chat_template(original["model_type"], tokenizer),
         image_feature_source,
@@ -169,7 +175,7 @@ def build_settings(
     if image_feature_source is None:
         image_feature_source = list(PUBLIC_IMAGE_FEATURE_SOURCE)
         assumptions = [*assumptions, Assumption.IMAGE_FEATURE_SOURCE]
-    try:
+    with config_errors(directory):
         config = FlorenceVLConfig(
             vision_config=tower.config,
             text_config=text_config,
@@ -179,8 +185,9 @@ def build_settings(
             architectures=[FlorenceVLForConditionalGeneration.__name__],
             **settings,
         )
-    except ValueError as error:
-        raise CheckpointError(f"The configuration of {directory} contradicts itself: {error}") from error
+    check_config(config, directory)
+    if not (directory / "tokenizer_config.json").is_file():
+        assumptions = [*assumptions, Assumption.TOKENIZER]
     for assumption in assumptions:
         logger.warning(assumption)
     size, template = tower.images["size"], load_chat_template(chat_template, tokenizer)
@@ -221,9 +228,34 @@ def convert_tensors(checkpoint: ConvertedCheckpoint, stored: dict[str, LazyTenso
     checkpoint.num_unused = len(stored) - len(shapes)
 
 
+def read_config(directory: Path, stored: dict[str, LazyTensor]) -> FlorenceVLConfig:
+    """Read the configuration of a model in this package's layout, whose tensors are given."""
+    raw = read_json(directory / "config.json")
+    if raw.get("model_type") != FlorenceVLConfig.model_type:
+        expected = f"has model type {raw.get('model_type')!r}, expected {FlorenceVLConfig.model_type!r}"
+        raise CheckpointError(f"{directory} {expected}; convert it first.")
+    if not stored:
+        raise CheckpointError(f"{directory} has no complete model.safetensors; save the model with `save_pretrained`.")
+    check_layers(raw, len(stored), directory / "config.json")
+    with config_errors(directory):
+        config = FlorenceVLConfig.from_pretrained(directory)
+    check_config(config, directory)
+    return config
+
+
+def check_sizes(directory: Path, allow_mismatch: bool) -> None:
+    """Refuse a model in this package's layout whose tensors are not of the sizes in its configuration."""
+    stored = read_tensors(directory)
+    config = read_config(directory, stored)
+    # Quantized weights have other shapes.
+    if not allow_mismatch and getattr(config, "quantization_config", None) is None:
+        shapes = {name: shape for name, shape in tensor_shapes(config).items() if name in stored}
+        check_tensors({name: stored[name] for name in shapes}, shapes)
+
+
 def tensor_shapes(config: FlorenceVLConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all tensors of a model that are stored, by name."""
-    with torch.device("meta"):
+    with config_errors("the model"), torch.device("meta"):
         model = FlorenceVLForConditionalGeneration(config)
     tied = {LM_HEAD} if config.tie_word_embeddings else set()
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
@@ -245,6 +277,8 @@ def check_tensors(
             f"are complete, this kind of checkpoint is not supported; else {remedy}."
         )
     for name, shape in shapes.items():
+        if not tensors[name].dtype.is_floating_point:
+            raise CheckpointError(f"{tensors[name]} has dtype {tensors[name].dtype}, expected floating-point numbers.")
         if tensors[name].shape != shape:
             raise CheckpointError(
                 f"{tensors[name]} has shape {tensors[name].shape}, expected {shape} from the configuration; {remedy}."
@@ -259,6 +293,9 @@ def read_generation_config(source: Path, config: FlorenceVLConfig, num_original_
     ignored = () if settings.get("do_sample") else SAMPLING_FLAGS
     settings = {k: v for k, v in settings.items() if v is not None and k not in ignored and not k.startswith("_")}
     tokens = {name: getattr(config.text_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tokens |= {name: settings[name] for name in tokens if name in settings}
+    check_numbers(tokens, config.text_config.vocab_size, path)
     # Rows that were added to reach a multiple of 64 are no tokens. The model itself suppresses `<image>`.
     suppressed = list(range(num_original_rows, config.text_config.vocab_size)) or None
-    return GenerationConfig(**tokens | settings | {"suppress_tokens": suppressed})
+    with config_errors(path):
+        return GenerationConfig(**settings | tokens | {"suppress_tokens": suppressed})

@@ -1,9 +1,10 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Translation between the `config.json` of the original and of Florence-2, and `FlorenceVLConfig`."""
 
+import math
 import re
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..modeling import FlorenceVLConfig
 from .checkpoint_files import CheckpointError, LazyTensor, read_json
+from .config_checks import check_layers, check_numbers, config_errors, own_fields
 from .key_mapping import ORIGINAL_TOWER, TIED_WORDS
 
 
@@ -64,6 +66,10 @@ class Assumption(StrEnum):
         "public Florence-2 (577 tokens for 768 x 768; the paper counts 576). Override it with --image-feature-source."
     )
     PADDING_TOKEN = "The language model's tokenizer has no padding token: a reserved, unknown or end token is used."
+    TOKENIZER = (
+        "There is no tokenizer_config.json: how the tokenizer treats special tokens and spaces is assumed as in "
+        "Transformers by default, and token ids may differ from the original's. Download it too."
+    )
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class TowerSettings:
 
 def check_is_florence_vl(original: dict[str, Any], has_davit: bool, source: Path) -> None:
     """Refuse a `config.json` that is not an original Florence-VL's: LLaVA's own checkpoints share its model types."""
-    model_type = original.get("model_type")
+    model_type = str(original.get("model_type"))
     if model_type == FlorenceVLConfig.model_type:
         raise CheckpointError(f"{source} is in this package's layout already; load it as it is.")
     if model_type not in TEXT_MODEL_TYPES:
@@ -88,7 +94,7 @@ def check_is_florence_vl(original: dict[str, Any], has_davit: bool, source: Path
     if re.search(r"(?<![a-z])(clip|siglip|dinov2)", tower, flags=re.IGNORECASE) and not has_davit:
         raise CheckpointError(f"{source} has the vision tower {tower!r}: it is a LLaVA, not a Florence-VL.")
     projector = str(original.get("mm_projector_type", "linear"))
-    if not re.fullmatch(r"mlp\d+x_gelu", projector):
+    if not re.fullmatch(r"mlp[1-9]\d?x_gelu", projector):
         raise CheckpointError(f"{source} has a projector of type {projector!r}, expected one such as mlp3x_gelu.")
 
 
@@ -97,41 +103,44 @@ def text_config_from_original(original: dict[str, Any]) -> PreTrainedConfig:
     config_class = CONFIG_MAPPING[TEXT_MODEL_TYPES[original["model_type"]]]
     names = (*own_fields(config_class), *LEGACY_ROPE_FIELDS)
     # A copy, since nested settings are completed in place.
+    # Parity: the original's Transformers, 4.43, ignores Phi's `sliding_window` without FlashAttention, so its logits
+    # differ where a sequence is longer. Published checkpoints have 262144, more than their positions.
     return config_class(**deepcopy({name: original[name] for name in names if name in original}))
 
 
-def own_fields(config_class: type[PreTrainedConfig]) -> list[str]:
-    """Return the fields of a config class that not every config has: sizes, rates and token ids."""
-    common = {field.name for field in fields(PreTrainedConfig)} | {"num_labels"}
-    return [field.name for field in fields(config_class) if field.name not in common]
+def tower_settings_from_directory(directory: Path, num_tensors: float = math.inf) -> TowerSettings:
+    """
+    Read the settings of a Florence-2, in the layout of its first release or of Transformers.
 
-
-def tower_settings_from_directory(directory: Path) -> TowerSettings:
-    """Read the settings of a Florence-2, in the layout of its first release or of Transformers."""
+    `num_tensors` counts tensors that include its own, if any weights are there.
+    """
     path = directory / "config.json"
     raw = read_json(path)
     davit, bart = raw.get("vision_config"), raw.get("text_config")
     if raw.get("model_type") != "florence2" or not isinstance(davit, dict) or not isinstance(bart, dict):
         raise CheckpointError(f"{path} is not of a complete Florence-2; give the directory of one as --vision-tower.")
-    if is_first_release(raw):
-        names = own_fields(CONFIG_MAPPING["bart"])
-        bart = {"model_type": "bart"} | {name: bart[name] for name in names if bart.get(name) is not None}
-        config = Florence2Config(vision_config=_davit_from_first_release(davit), text_config=bart)
-    else:
-        config = Florence2Config.from_dict(raw)
+    check_layers(raw, num_tensors, path)
+    with config_errors(path):
+        if is_first_release(raw):
+            names = own_fields(CONFIG_MAPPING["bart"])
+            bart = {"model_type": "bart"} | {name: bart[name] for name in names if bart.get(name) is not None}
+            config = Florence2Config(vision_config=_davit_from_first_release(davit), text_config=bart)
+        else:
+            config = Florence2Config.from_dict(raw)
     # Transformers 5 saves the image settings within those of the processor.
     files = (directory / name for name in ("preprocessor_config.json", "processor_config.json"))
     images: dict[str, Any] = next((read_json(file) for file in files if file.exists()), {})
     images = images.get("image_processor", images)
-    size = images.get("size", PUBLIC_IMAGES["size"])
+    settings = {name: images.get(name, value) for name, value in PUBLIC_IMAGES.items()}
+    size = settings["size"]
     if not isinstance(size, dict) or size.get("height") is None or size.get("height") != size.get("width"):
         raise CheckpointError(f"{directory} has images of size {size}, expected a square of `height` and `width`.")
-    return TowerSettings(
-        config,
-        davit.get("image_feature_source"),
-        {name: images.get(name, value) for name, value in PUBLIC_IMAGES.items()},
-        [] if "size" in images else [Assumption.IMAGE_SIZE],
-    )
+    for name in ("image_mean", "image_std"):
+        if not isinstance(settings[name], list | tuple) or len(settings[name]) != 3:
+            raise CheckpointError(f"{directory} has {name} {settings[name]}, expected a number per colour.")
+    check_numbers(settings, math.inf, directory)
+    assumptions = [] if "size" in images else [Assumption.IMAGE_SIZE]
+    return TowerSettings(config, davit.get("image_feature_source"), settings, assumptions)
 
 
 def is_first_release(raw: dict[str, Any]) -> bool:

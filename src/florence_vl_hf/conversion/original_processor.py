@@ -2,14 +2,16 @@
 """Translation of an original checkpoint's tokenizer and image settings into a `FlorenceVLProcessor`."""
 
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..processing import IMAGE_TOKEN
+from ..processing import IMAGE_TOKEN, FlorenceVLProcessor
 from .checkpoint_files import CheckpointError, read_json
 
 
@@ -17,6 +19,8 @@ from .checkpoint_files import CheckpointError, read_json
 LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 # Name of a row of the embedding table before that of `<image>` which the original's tokenizer does not name.
 UNUSED_ROW = "<|unused_row_{}|>"
+# More rows without a token than any published language model has.
+MAX_UNNAMED_ROWS = 2**14
 # The vocabulary size is rounded up to a multiple of this, which matrix kernels prefer.
 ROW_MULTIPLE = 64
 
@@ -33,12 +37,15 @@ def load_original_tokenizer(
     files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     if not any(file.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for file in files):
         raise CheckpointError(f"{directory} has no tokenizer.json and no tokenizer.model; download them too.")
+    if empty := [file for file in files if not file.stat().st_size]:
+        raise CheckpointError(f"{empty[0]} is empty; download it again.")
+    _check_patterns(directory / "tokenizer.json")
     # Apart from the checkpoint's config.json, whose model type Transformers does not know, and without its code.
     with tempfile.TemporaryDirectory() as temporary:
         for file in files:
             shutil.copy(file, temporary)
         settings_file = Path(temporary) / "tokenizer_config.json"
-        settings = read_json(settings_file) if settings_file.exists() else {}
+        settings = read_json(directory / settings_file.name) if settings_file.exists() else {}
         settings.pop("auto_map", None)
         if settings.get("tokenizer_class") == "LlamaTokenizer":
             # Parity: in Transformers 4.43, which the original uses, `legacy` of slow tokenizers is true by default.
@@ -52,6 +59,31 @@ def load_original_tokenizer(
             raise CheckpointError(f"The tokenizer in {directory} cannot be loaded ({error}).") from error
     tokenizer.name_or_path = ""
     return tokenizer
+
+
+def read_processor(path_or_id: str | Path, **hub_kwargs: Any) -> FlorenceVLProcessor:
+    """Load the processor of a model in this package's layout."""
+    _check_patterns(Path(path_or_id) / "tokenizer.json")
+    try:
+        return FlorenceVLProcessor.from_pretrained(path_or_id, **hub_kwargs)
+    except Exception as error:
+        # Tokenizers and image processors raise many exceptions for damaged files.
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"The processor in {path_or_id} cannot be loaded ({reason}); save it again.") from error
+
+
+def _check_patterns(file: Path) -> None:
+    """
+    Refuse regular expressions that repeat a group, as no published tokenizer has. Their time can grow exponentially
+    with the length of a text, which ends the tokenizers library with a panic.
+    """
+    tokenizer = read_json(file) if file.is_file() else {}
+    parts = [tokenizer.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
+    for pattern in re.findall(r'"Regex": ("(?:[^"\\]|\\.)*")', json.dumps(parts)):
+        # Without what an escape or a character class contains.
+        syntax = re.sub(r"\[[^\]]*\]", "", re.sub(r"\\.", "", json.loads(pattern)))
+        if re.search(r"\)[*+{]", syntax):
+            raise CheckpointError(f"{file} has the regular expression {pattern}, which repeats a group; correct it.")
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> tuple[int, int]:
@@ -68,9 +100,10 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> tuple[
     if IMAGE_TOKEN in vocabulary and vocabulary[IMAGE_TOKEN] < num_rows:
         return vocabulary[IMAGE_TOKEN], num_rows
     first_free = max(vocabulary.values(), default=-1) + 1
-    if first_free > num_rows:
+    if not first_free <= num_rows <= first_free + MAX_UNNAMED_ROWS:
         raise CheckpointError(
-            f"The tokenizer has {first_free} tokens, but the language model's vocabulary size is only {num_rows}."
+            f"The tokenizer has {first_free} tokens, but the language model's vocabulary size is {num_rows}; give the "
+            f"files of one model."
         )
     image_token_id = first_free
     if first_free < num_rows:

@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from ..conversion import CheckpointError, load_pretrained
 from ..conversion.checkpoint_files import CHECKPOINT_FILES, output_directory, read_json, resolve_checkpoint
+from ..conversion.original_adapters import check_patterns
 from ..model_cards import CARD_FILE, MergedCard, read_metadata, read_training, write_card
 from ..modeling import FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
@@ -159,6 +160,7 @@ def _read_adapter_config(directory: Path) -> dict[str, Any]:
         )
     if config.get("peft_type") != PeftType.LORA:
         raise CheckpointError(f"{directory} has an adapter of type {config.get('peft_type')}, expected LORA.")
+    check_patterns(config)
     return config
 
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """A training run, from a recipe to a directory that loads through the Auto classes."""
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -18,11 +19,12 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from ..conversion import check_model_type, load_pretrained
+from ..conversion.checkpoint_files import locked
 from ..model_cards import TrainedCard, Training, hub_id, public_name, write_card
 from ..modeling import FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
 from .adapters import lora_config, quantization_config
-from .arguments import DataArguments, ModelArguments, parse_recipe
+from .arguments import DataArguments, FlorenceVLTrainingArguments, ModelArguments, parse_recipe
 from .checkpoints import last_complete_checkpoint
 from .collator import FlorenceVLCollator
 from .data_loading import load_conversations
@@ -54,8 +56,17 @@ def train(recipe: dict[str, Any]) -> dict[str, float]:
         ValueError: If a setting is wrong, or settings do not fit together.
         SampleError: If a sample is broken, and `on_error` is `raise`.
         TrainingError: If nothing is learned. No model is saved then.
+        CheckpointError: If another run is writing to `output_dir`.
     """
-    model_arguments, data_arguments, args = parse_recipe(recipe)
+    arguments = parse_recipe(recipe)
+    args = arguments[-1]
+    with locked(Path(str(args.output_dir))) if args.process_index == 0 else nullcontext():
+        return _train(*arguments)
+
+
+def _train(
+    model_arguments: ModelArguments, data_arguments: DataArguments, args: FlorenceVLTrainingArguments
+) -> dict[str, float]:
     answer_metric = load_answer_metric(args.answer_metric)
     check_model_type(model_arguments.model_name_or_path)
     if args.eval_strategy != "no" and not data_arguments.eval_files:
