@@ -20,6 +20,7 @@ from florence_vl_hf.conversion.key_mapping import to_converted
 from florence_vl_hf.conversion.reference import LOGITS_STRIDE
 from florence_vl_hf.conversion.verification import Tolerances
 from florence_vl_hf.modeling.modeling_florence_vl import FlorenceVLVisionBlock
+from florence_vl_hf.modeling.transformers_compat import CACHE
 
 from ..conftest import tiny_config, tiny_inputs, tiny_model
 
@@ -359,6 +360,27 @@ class TestGenerate:
             pixel_values = {"pixel_values": images[row]} if len(images[row]) else {}
             alone = model.generate(input_ids=ids, **pixel_values, **settings)[0, ids.shape[1] :]
             assert together[row][: len(alone)].tolist() == alone.tolist()
+
+    def test_ways_of_decoding_that_give_the_greedy_tokens(self):
+        model = tiny_model()
+        inputs = tiny_inputs(model.config, [1])
+        input_ids, length = inputs["input_ids"], inputs["input_ids"].shape[1]
+
+        def generate(**settings) -> torch.Tensor:
+            return model.generate(**{"max_new_tokens": 8, "do_sample": False, **settings})
+
+        expected = generate(**inputs)
+        assert torch.equal(generate(**inputs, prompt_lookup_num_tokens=3), expected)
+        assert torch.equal(generate(**inputs, assistant_model=model), expected)
+        embeds = {**inputs, "input_ids": None, "inputs_embeds": model.get_input_embeddings()(input_ids)}
+        assert torch.equal(generate(**embeds), expected[:, length:])
+
+        first = generate(**inputs, max_new_tokens=4, return_dict_in_generate=True)
+        cache = {CACHE: first[CACHE]}
+        rest = generate(
+            input_ids=first.sequences, attention_mask=torch.ones_like(first.sequences), max_new_tokens=4, **cache
+        )
+        assert torch.equal(rest, expected)
 
     def test_never_generates_the_image_token(self):
         model = tiny_model()
