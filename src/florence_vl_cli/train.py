@@ -23,7 +23,9 @@ def check_data(
     workers: Annotated[int | None, Option(help="Number of processes. By default, one per core.", min=0)] = None,
     split: Annotated[str, Option(help="Split of a dataset that has several.")] = "train",
     show: Annotated[int, Option(help="Number of samples to name for each kind of problem.", min=0)] = 5,
-    max_image_side: Annotated[int | None, Option(help="As in recipes: a longer image is a problem.", min=1)] = None,
+    max_image_side: Annotated[
+        int | None, Option(help="Longest side of an image, in pixels. By default, as in training.", min=1)
+    ] = None,
     report: Annotated[Path | None, Option(help="Write every problem to this .jsonl file.")] = None,
 ) -> None:
     """Check all conversations and images before training. The exit code is 1 if there are problems."""

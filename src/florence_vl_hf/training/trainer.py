@@ -137,7 +137,7 @@ class FlorenceVLTrainer(Trainer):
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._check_loss()
         if self._last_loss is not None and not self._has_learned():
-            raise TrainingError("All samples of the run are broken, nothing is learned; see `florence-vl check-data`.")
+            raise TrainingError("All samples are broken, so nothing is learned; `florence-vl check-data` lists them.")
         return output
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -159,7 +159,7 @@ class FlorenceVLTrainer(Trainer):
         """Raise an error if the last loss is not finite. Every process must call it."""
         if self._last_loss is not None and self._sum_over_processes(~self._last_loss.isfinite()):
             raise TrainingError(
-                f"The loss is not finite at step {self.state.global_step}, and nothing is saved; use a lower learning "
+                f"The loss is not finite at step {self.state.global_step}, so nothing is saved; use a lower learning "
                 f"rate, or bfloat16 in place of float16."
             )
 
@@ -178,7 +178,7 @@ class FlorenceVLTrainer(Trainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         metrics = {name: value for name, value in (output.metrics or {}).items() if name != f"{prefix}_loss"}
         if not self._losses:
-            logger.warning("No sample was evaluated, since all are broken; `florence-vl check-data` lists why.")
+            logger.warning("All samples are broken, so there is no result; `florence-vl check-data` lists them.")
             return output._replace(metrics=metrics)
         metrics[f"{prefix}_loss"] = sum(self._losses) / len(self._losses)
         if self.args.predict_with_generate:
@@ -213,9 +213,10 @@ class FlorenceVLTrainer(Trainer):
         kept = learned_positions(inputs.pop("labels"))
         with self.compute_loss_context_manager():
             logits = model(**inputs, logits_to_keep=kept["logits_to_keep"]).logits
-        # (batch_size, num_kept, vocab_size) and (batch_size, num_kept)
-        labels = kept["shift_labels"]
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
+        labels = kept["shift_labels"]  # (batch_size, num_kept)
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
+        ).view_as(labels)
         num_labels = labels.ne(IGNORED_LABEL).sum(dim=1)
         return (losses.sum(dim=1) / num_labels)[num_labels > 0].tolist()
 
