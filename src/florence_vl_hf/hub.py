@@ -9,7 +9,8 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
-from .conversion.checkpoint_files import CheckpointError, read_json, read_tensors
+from .conversion.checkpoint_files import CheckpointError, is_directory, read_json, read_tensors
+from .conversion.load_original import load_config, load_processor
 from .conversion.original_checkpoint import tensor_shapes
 from .conversion.original_processor import TOKENIZER_FILES
 from .model_cards import CARD_FILE, Card, read_metadata, write_card
@@ -73,10 +74,11 @@ def files_to_push(directory: Path, name: str | None = None) -> dict[str, int]:
     Check that a directory contains a complete model, write its card if there is none, and list its files with their
     sizes in bytes. `name` is that of the model in its card, by default the directory's.
     """
+    is_directory(directory)
     model_type = read_json(directory / "config.json").get("model_type")
     if model_type != FlorenceVLConfig.model_type:
         raise CheckpointError(f"{directory} has model type {model_type!r}, expected 'florence_vl'; convert it first.")
-    config = FlorenceVLConfig.from_pretrained(directory)
+    config = load_config(directory)
     files = _code_files(directory) | _weight_files(directory, config)
     processor = _load_processor(directory, config)
     card_file = directory / CARD_FILE
@@ -93,7 +95,8 @@ def _code_files(directory: Path) -> set[Path]:
     missing = [
         f"`auto_map` in {file}"
         for file, auto_map in AUTO_MAPS.items()
-        if not auto_map.items() <= (read_json(directory / file).get("auto_map") or {}).items()
+        if not isinstance(found := read_json(directory / file).get("auto_map"), dict)
+        or any(found.get(name) != reference for name, reference in auto_map.items())
     ]
     modules = {directory / f"{reference.partition('.')[0]}.py" for reference in AUTO_MAP.values()}
     try:
@@ -123,10 +126,7 @@ def _weight_files(directory: Path, config: FlorenceVLConfig) -> set[Path]:
 
 
 def _load_processor(directory: Path, config: FlorenceVLConfig) -> FlorenceVLProcessor:
-    try:
-        processor = FlorenceVLProcessor.from_pretrained(directory)
-    except Exception as error:  # tokenizers and image processors raise many types
-        raise CheckpointError(f"The processor in {directory} cannot be loaded ({error}); save it again.") from error
+    processor = load_processor(directory)
     given = (processor.num_image_tokens, processor.image_token_id)
     expected = (config.num_image_tokens, config.image_token_id)
     if given != expected:

@@ -24,6 +24,7 @@ from .checkpoint_files import (
     write_tensors,
 )
 from .key_mapping import ORIGINAL_TOWER, to_original
+from .load_original import load_config, load_processor
 from .original_checkpoint import EMBEDDING_TABLES, TOWER_DIRECTORY, check_all_paired, read_tower_tensors, tensor_shapes
 from .original_config import is_first_release, text_config_to_original, tower_config_to_first_release
 from .original_processor import UNUSED_ROW
@@ -110,8 +111,8 @@ def read_as_original(source: Path, vision_tower: Path | None = None) -> Exported
     model_type = read_json(source / "config.json").get("model_type")
     if model_type != FlorenceVLConfig.model_type:
         raise CheckpointError(f"{source} has model type {model_type!r}, expected {FlorenceVLConfig.model_type!r}.")
-    config = FlorenceVLConfig.from_pretrained(source)
-    processor = FlorenceVLProcessor.from_pretrained(source)
+    config = load_config(source)
+    processor = load_processor(source)
     tower_config, tower_unsupported = tower_config_to_first_release(config)
     text_config, text_unsupported = text_config_to_original(config.text_config)
     if unsupported := [*_unsupported_settings(config, processor), *tower_unsupported, *text_unsupported]:

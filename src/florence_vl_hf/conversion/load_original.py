@@ -1,16 +1,18 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Loading of original checkpoints without converting them to files first."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.utils import find_adapter_config_file, logging
 
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor, load_chat_template
-from .checkpoint_files import CheckpointError, read_json
+from .checkpoint_files import CheckpointError, is_directory, read_json
 from .original_checkpoint import read_original
 from .original_config import TEXT_MODEL_TYPES, describe_assumption, own_fields
 
@@ -22,22 +24,61 @@ HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_file
 
 
 def is_original(path_or_id: str | Path, **hub_kwargs: Any) -> bool:
-    """Whether the `config.json` of a directory or Hub repository has the model type of an original checkpoint."""
+    """
+    Whether the `config.json` of a directory or Hub repository has the model type of an original checkpoint.
+
+    Raises:
+        CheckpointError: If it is a path and there is no such directory, or one of its files is damaged.
+    """
+    is_directory(path_or_id)
     try:
         config, _ = PreTrainedConfig.get_config_dict(path_or_id, **hub_kwargs)
     except (OSError, ValueError):
         return False  # What loads the checkpoint says what is wrong with it.
-    return config.get("model_type") in TEXT_MODEL_TYPES
+    return config.get("model_type") in tuple(TEXT_MODEL_TYPES)
 
 
 def check_model_type(path_or_id: str | Path, **hub_kwargs: Any) -> None:
     """Raise a `CheckpointError` if a directory or Hub repository has no Florence-VL, in either layout."""
-    model_type = PreTrainedConfig.get_config_dict(path_or_id, **hub_kwargs)[0].get("model_type")
+    if is_directory(path_or_id):
+        model_type = read_json(Path(path_or_id) / "config.json").get("model_type")
+    else:
+        model_type = PreTrainedConfig.get_config_dict(path_or_id, **hub_kwargs)[0].get("model_type")
     if model_type not in (FlorenceVLConfig.model_type, *TEXT_MODEL_TYPES):
         raise CheckpointError(
             f"{path_or_id} has model type {model_type!r}, expected {FlorenceVLConfig.model_type!r}; "
             f"`florence-vl assemble` builds a Florence-VL from a Florence-2 and a language model."
         )
+
+
+def load_config(path_or_id: str | Path, **hub_kwargs: Any) -> FlorenceVLConfig:
+    """Load the configuration of a model in this package's layout. The error of an invalid one names its directory."""
+    try:
+        config = FlorenceVLConfig.from_pretrained(path_or_id, **hub_kwargs)
+        if not isinstance(config.dtype, torch.dtype | None):
+            raise TypeError(f"`dtype` is {config.dtype!r}, expected a name such as 'bfloat16'")
+    except Exception as error:  # fields of wrong types raise many types
+        raise CheckpointError(
+            f"The config.json of {path_or_id} is invalid: {_describe(error)}; correct it."
+        ) from error
+    return config
+
+
+def load_processor(path_or_id: str | Path, **hub_kwargs: Any) -> FlorenceVLProcessor:
+    """Load the processor of a model in this package's layout. The error of a damaged one names its directory."""
+    try:
+        return FlorenceVLProcessor.from_pretrained(path_or_id, **hub_kwargs)
+    except Exception as error:  # tokenizers and image processors raise many types
+        raise CheckpointError(
+            f"The processor in {path_or_id} cannot be loaded: {_describe(error)}; save it again."
+        ) from error
+
+
+def _describe(error: Exception) -> str:
+    """Return an error in one line, with its type where its text alone means nothing."""
+    is_clear = isinstance(error, ValueError | OSError | StrictDataclassError)
+    text = str(error) if is_clear else f"{type(error).__name__}: {error}"
+    return textwrap.shorten(text, 300).removesuffix(".")
 
 
 def load_original(
@@ -127,11 +168,10 @@ def load_pretrained(
         if vision_tower is not None:
             raise CheckpointError(f"{path_or_id} is not an original checkpoint and has a vision tower; omit this one.")
         kwargs |= {} if image_feature_source is None else {"image_feature_source": image_feature_source}
-        if kwargs.keys() & set(own_fields(FlorenceVLConfig)):
-            config = FlorenceVLConfig.from_pretrained(path_or_id, **hub_kwargs)
-            kwargs["config"] = _with_overrides(config, kwargs)
+        if not base:
+            kwargs["config"] = _with_overrides(load_config(path_or_id, **hub_kwargs), kwargs)
         loaded = FlorenceVLForConditionalGeneration.from_pretrained(path_or_id, **kwargs)
-    processor = FlorenceVLProcessor.from_pretrained(path_or_id, **hub_kwargs)
+    processor = load_processor(path_or_id, **hub_kwargs)
     processor.num_image_tokens = _model_of(loaded).config.num_image_tokens
     if chat_template is not None:
         processor.chat_template = load_chat_template(chat_template, processor.tokenizer, processor.image_token)
