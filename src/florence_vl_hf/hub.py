@@ -9,7 +9,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
-from .conversion.checkpoint_files import CheckpointError, LazyTensor, read_json, read_tensors
+from .conversion.checkpoint_files import CheckpointError, LazyTensor, is_directory, read_json, read_tensors
 from .conversion.original_checkpoint import read_config, tensor_shapes
 from .conversion.original_processor import TOKENIZER_FILES, read_processor
 from .model_cards import CARD_FILE, Card, read_metadata, write_card
@@ -73,6 +73,7 @@ def files_to_push(directory: Path, name: str | None = None) -> dict[str, int]:
     Check that a directory contains a complete model, write its card if there is none, and list its files with their
     sizes in bytes. `name` is that of the model in its card, by default the directory's.
     """
+    is_directory(directory)
     tensors = read_tensors(directory)
     config = read_config(directory, tensors)
     files = _code_files(directory) | _weight_files(directory, config, tensors)
@@ -91,7 +92,8 @@ def _code_files(directory: Path) -> set[Path]:
     missing = [
         f"`auto_map` in {file}"
         for file, auto_map in AUTO_MAPS.items()
-        if not auto_map.items() <= (read_json(directory / file).get("auto_map") or {}).items()
+        if not isinstance(found := read_json(directory / file).get("auto_map"), dict)
+        or any(found.get(name) != reference for name, reference in auto_map.items())
     ]
     modules = {directory / f"{reference.partition('.')[0]}.py" for reference in AUTO_MAP.values()}
     try:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import _TYPES as SAFETENSORS_DTYPES
 from safetensors.torch import save_file
@@ -28,6 +30,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 # Files of a Hub repository that are downloaded to read a checkpoint, without and with its weights.
 SETTINGS_FILES = ("*.json", "*.model", "*.txt")
 CHECKPOINT_FILES = (*SETTINGS_FILES, "*.safetensors", "*.bin")
+# JSON objects that Transformers and peft read.
+JSON_FILES = (
+    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "adapter_config.json",
+)
 # Names that Transformers gives to weights, in order of preference: an index, or a single file.
 WEIGHT_FILES = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
 # Rows of a table that are read at once while it is cut or padded: 128 MiB of Llama-3.1-8B's.
@@ -102,7 +110,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_tensors(directory: Path) -> dict[str, LazyTensor]:
     """List the tensors of a checkpoint by name, none if it has no weights. No pickle is executed."""
-    file_name = next((name for name in WEIGHT_FILES if (directory / name).exists()), None)
+    file_name = next((name for name in WEIGHT_FILES if os.path.lexists(directory / name)), None)
     if file_name is None:
         return {}
     if not file_name.endswith(".index.json"):
@@ -177,18 +185,11 @@ def _open_pytorch_file(path: Path) -> dict[str, torch.Tensor]:
     return state_dict
 
 
-def check_path(path_or_id: str | Path) -> None:
-    """Refuse an empty path, which would be the current directory."""
-    if not str(path_or_id).strip():
-        raise CheckpointError("Got an empty path; give a directory or the id of a Hub repository.")
-
-
 def resolve_checkpoint(
     path_or_id: str | Path, allow_patterns: tuple[str, ...] = CHECKPOINT_FILES, **hub_kwargs: Any
 ) -> Path:
     """Return a local directory as it is, or download a Hub repository. `hub_kwargs` are of `snapshot_download`."""
-    check_path(path_or_id)
-    if Path(path_or_id).is_dir():
+    if is_directory(path_or_id):
         return Path(path_or_id)
     try:
         return Path(snapshot_download(str(path_or_id), allow_patterns=list(allow_patterns), **hub_kwargs))
@@ -197,6 +198,58 @@ def resolve_checkpoint(
         raise CheckpointError(
             f"{path_or_id} is neither a directory nor the id of a Hub repository that can be downloaded: {error}"
         ) from error
+
+
+def is_directory(path_or_id: str | Path) -> bool:
+    """
+    Whether a path or Hub id is a directory with readable files, and otherwise an id that may exist on the Hub.
+
+    An id has the form `user/name`. If there is a local file or directory `user`, it is a path, so that a mistyped path
+    is never looked up on the Hub.
+
+    Raises:
+        CheckpointError: If it is a path and there is no such directory, or one of its files is damaged.
+    """
+    text, path = str(path_or_id), Path(path_or_id)
+    if not text.strip():
+        raise CheckpointError("Got an empty path; give a directory or the id of a Hub repository.")
+    if path.is_dir():
+        _check_files(path)
+        return True
+    if path.exists():
+        raise CheckpointError(f"{text} is a file; give the directory of a checkpoint.")
+    user, _, name = text.partition("/")
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        name = ""
+    if not name:
+        raise CheckpointError(f"{text} is neither a directory nor the id of a Hub repository, such as user/name.")
+    if Path(user).exists():
+        raise CheckpointError(
+            f"There is no directory {text}. It is not looked up on the Hub because {user} exists here; for the "
+            f"repository, run the command in another directory."
+        )
+    return False
+
+
+def _check_files(directory: Path) -> None:
+    """Read what Transformers and peft read, which do not name a damaged file. Of weights, headers are read."""
+    for name in JSON_FILES:
+        if os.path.lexists(directory / name):
+            read_json(directory / name)
+    for file in (*sorted(directory.glob("*.jinja")), directory / "merges.txt", directory / "tokenizer.model"):
+        try:
+            is_empty = os.path.lexists(file) and not file.read_bytes()
+            if file.suffix == ".jinja":
+                file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file} cannot be read ({error}); download it again.") from error
+        if is_empty:
+            raise CheckpointError(f"{file} is empty; download it again.")
+    read_tensors(directory)
+    if os.path.lexists(adapter := directory / "adapter_model.safetensors"):
+        read_tensor_file(adapter)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from transformers.utils import find_adapter_config_file
 
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor, load_chat_template
-from .checkpoint_files import CheckpointError, check_path, read_json
+from .checkpoint_files import CheckpointError, is_directory, read_json
 from .config_checks import own_fields
 from .original_adapters import check_patterns
 from .original_checkpoint import check_sizes, read_original, read_settings
@@ -23,7 +23,13 @@ HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_file
 
 
 def is_original(path_or_id: str | Path, **hub_kwargs: Any) -> bool:
-    """Whether the `config.json` of a directory or Hub repository has the model type of an original checkpoint."""
+    """
+    Whether the `config.json` of a directory or Hub repository has the model type of an original checkpoint.
+
+    Raises:
+        CheckpointError: If it is a path and there is no such directory, or one of its files is damaged.
+    """
+    is_directory(path_or_id)
     try:
         return _model_type(path_or_id, **hub_kwargs) in TEXT_MODEL_TYPES
     except (OSError, ValueError):
@@ -32,6 +38,7 @@ def is_original(path_or_id: str | Path, **hub_kwargs: Any) -> bool:
 
 def check_model_type(path_or_id: str | Path, **hub_kwargs: Any) -> None:
     """Raise a `CheckpointError` if a directory or Hub repository has no Florence-VL, in either layout."""
+    is_directory(path_or_id)
     model_type = _model_type(path_or_id, **hub_kwargs)
     if model_type not in (FlorenceVLConfig.model_type, *TEXT_MODEL_TYPES):
         raise CheckpointError(
@@ -115,7 +122,6 @@ def load_pretrained(
 
     Arguments and return values are those of `load_original`.
     """
-    check_path(path_or_id)
     of_original: dict[str, Any] = {"vision_tower": vision_tower, "image_feature_source": image_feature_source}
     hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     if is_original(path_or_id, **hub_kwargs):

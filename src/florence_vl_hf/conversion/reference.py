@@ -1,6 +1,7 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Recorded references: what the original code computed from a few images, as `record_reference.py` writes it."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def read_reference(path: Path) -> Reference:
     if not path.is_file():
         raise CheckpointError(f"There is no reference {path}; record one with `python {RECORD_SCRIPT}`.")
     tensors, record_file = read_tensor_file(path), path.with_suffix(".json")
-    raw = read_json(record_file) if record_file.is_file() else {}
+    raw = read_json(record_file) if os.path.lexists(record_file) else {}
     images, record = raw.get("images", []), {name: raw.get(name, []) for name in RECORD_TYPES}
     try:
         type_validator("images", images, list[str])

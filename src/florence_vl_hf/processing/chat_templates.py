@@ -38,7 +38,7 @@ def load_chat_template(name: str, tokenizer: PreTrainedTokenizerBase, image_toke
     text = (TEMPLATE_FILES / f"{name}.jinja").read_text(encoding="utf-8")
 
     settings = ""
-    if tokenizer.bos_token_id is not None and tokenizer("x").input_ids[0] == tokenizer.bos_token_id:
+    if tokenizer.bos_token_id is not None and tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]:
         settings += "{%- set leading_bos = bos_token -%}\n"
         if after_bos := _space_after(tokenizer.bos_token, tokenizer, piece="A chat"):
             settings += f"{{%- set after_bos = {after_bos!r} -%}}\n"

@@ -54,6 +54,8 @@ class ChatSession:
         processor: FlorenceVLProcessor,
         images: Iterable[Image.Image | str] = (),
     ) -> None:
+        if not processor.chat_template:
+            raise ValueError("The processor has no chat template; convert the model again with a `chat_template`.")
         self.model, self.processor = model, processor
         self.reset()
         for image in images:

@@ -162,7 +162,7 @@ def read_recipe(recipe: str | Path, overrides: list[str] | None = None) -> dict[
         path = find_recipe(str(name), paths[-1].parent if paths else Path())
         if any(path.samefile(extending) for extending in paths):
             raise ValueError(f"{path} extends itself, through {paths[-1]}; remove one `extends`.")
-        extended = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        extended = _parse_yaml(path.read_bytes(), str(path))
         if not isinstance(extended, dict):
             raise ValueError(f"{path} is not a recipe; expected lines such as `learning_rate: 1.0e-5`.")
         settings = extended | settings
@@ -187,10 +187,10 @@ _RecipeLoader.add_implicit_resolver(
 )
 
 
-def _parse_yaml(text: str, source: str) -> Any:
+def _parse_yaml(text: str | bytes, source: str) -> Any:
     try:
         return yaml.load(text, _RecipeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{source} is not YAML: {error}") from error
 
 

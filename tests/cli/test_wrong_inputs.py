@@ -1,0 +1,185 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+"""Damaged, missing and mistyped files: each command ends with one line that names the file."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ..conftest import FIXTURES, Golden, llava_sample, status
+
+
+PHI = Golden(FIXTURES / "phi-small")
+REFERENCE = PHI.folder / "reference.safetensors"
+CONTENTS = {
+    "empty": b"",
+    "list": b"[]",
+    "null": b"null",
+    "string": b'"x"',
+    "binary": bytes(range(256)),
+    "deep": b'{"a":' * 50_000,
+}
+
+
+def damage(path: Path, how: str) -> Path:
+    path.unlink(missing_ok=True)
+    if how == "directory":
+        path.mkdir()
+    elif how == "loop":
+        path.symlink_to(path)
+    else:
+        path.write_bytes(CONTENTS[how])
+    return path
+
+
+def error_of(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Run a command that fails, and return its only line of error."""
+    assert status(*arguments) == 1
+    [error] = [line for line in capfd.readouterr().err.split("\n") if line.startswith("florence-vl: error: ")]
+    return error.removeprefix("florence-vl: error: ")
+
+
+@pytest.fixture
+def directory(converted: Path, tmp_path: Path) -> Path:
+    """A converted model to damage."""
+    return Path(shutil.copytree(converted, tmp_path / "model"))
+
+
+def commands(model: Path, tmp_path: Path) -> dict[str, list[str | Path]]:
+    """Commands that read a model in this package's layout."""
+    return {
+        "chat": ["chat", model, "--device", "cpu"],
+        "export": ["export", model, tmp_path / "out"],
+        "push": ["push", model, "me/model", "--dry-run"],
+        "verify": ["verify", model, "--reference", REFERENCE, "--device", "cpu"],
+    }
+
+
+class TestModels:
+    @pytest.mark.parametrize("how", [*CONTENTS, "directory", "loop"])
+    @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "processor_config.json"])
+    def test_damaged_json(self, name, how, directory, capfd):
+        file = damage(directory / name, how)
+        assert str(file) in error_of(capfd, "chat", directory)
+
+    @pytest.mark.parametrize("command", ["chat", "export", "push", "verify"])
+    @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"])
+    def test_every_command_names_the_file(self, command, name, directory, tmp_path, capfd):
+        file = damage(directory / name, "binary")
+        assert str(file) in error_of(capfd, *commands(directory, tmp_path)[command])
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("how", ["empty", "binary", "directory"])
+    def test_damaged_weights(self, how, directory, capfd):
+        damage(directory / "model.safetensors", how)
+        assert "model.safetensors is damaged or incomplete" in error_of(capfd, "chat", directory)
+
+    @pytest.mark.parametrize("how", ["empty", "directory"])
+    def test_damaged_tokenizer_model(self, how, directory, capfd):
+        file = damage(directory / "tokenizer.model", how)
+        assert str(file) in error_of(capfd, "chat", directory)
+
+    def test_empty_tokenizer_model_of_an_original(self, tmp_path, capfd):
+        source = shutil.copytree(PHI.checkpoint, tmp_path / "original")
+        damage(source / "tokenizer.model", "empty")
+        error = error_of(capfd, "convert", source, tmp_path / "out")
+        assert error == f"{source}/tokenizer.model is empty; download it again."
+
+    @pytest.mark.parametrize(
+        ("name", "changes", "message"),
+        [
+            ("config.json", {"image_size": "large"}, "Field 'image_size' expected int, got str"),
+            ("config.json", {"prompts": {"caption": 7}}, "field 'prompts'"),
+            ("config.json", {"text_config": "llama"}, "config.json"),
+            ("config.json", {"dtype": -7}, "`dtype` is -7, expected a name such as 'bfloat16'"),
+            ("config.json", {"model_type": ["florence_vl"]}, "model type ['florence_vl'], expected 'florence_vl'"),
+            ("processor_config.json", {"image_processor": None}, "The processor in"),
+            ("processor_config.json", {"num_image_tokens": "many"}, ""),
+            ("tokenizer.json", {"added_tokens": None}, "The processor in"),
+            ("tokenizer.json", {"model": {}}, "The processor in"),
+        ],
+    )
+    def test_wrong_fields(self, name, changes, message, directory, capfd):
+        contents = json.loads((directory / name).read_text())
+        (directory / name).write_text(json.dumps({**contents, **changes}))
+        error = error_of(capfd, "push", directory, "me/model", "--dry-run")
+        assert str(directory) in error and message in error
+
+    @pytest.mark.parametrize("how", [*CONTENTS, "directory"])
+    def test_damaged_adapter(self, how, directory, tmp_path, capfd):
+        adapter = tmp_path / "adapter"
+        adapter.mkdir()
+        (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(directory)}))
+        damage(adapter / "adapter_model.safetensors", how)
+        for command in (["merge", adapter, tmp_path / "out"], ["chat", adapter]):
+            assert "adapter_model.safetensors is damaged or incomplete" in error_of(capfd, *command)
+
+    def test_model_without_a_chat_template(self, directory, capfd):
+        (directory / "chat_template.jinja").unlink()
+        assert "The processor has no chat template" in error_of(capfd, "chat", directory)
+
+
+class TestPaths:
+    """A mistyped path is not looked up on the Hub."""
+
+    @pytest.mark.parametrize(
+        "model", ["", " ", "nowhere", "./me/model", "~/model", "/no/where", "a/b/c", "model/", ".."]
+    )
+    def test_no_hub_id(self, model, tmp_path, monkeypatch, capfd):
+        monkeypatch.chdir(tmp_path)
+        self.refuse(model, tmp_path, capfd)
+
+    def test_parent_exists(self, tmp_path, monkeypatch, capfd):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "runs").mkdir()
+        assert "not looked up on the Hub because runs exists here" in self.refuse("runs/mine", tmp_path, capfd)
+
+    def test_file(self, tmp_path, capfd):
+        (tmp_path / "model.safetensors").touch()
+        assert "is a file; give the directory" in self.refuse(tmp_path / "model.safetensors", tmp_path, capfd)
+
+    @staticmethod
+    def refuse(model: str | Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> str:
+        (tmp_path / "data.json").write_text(json.dumps([llava_sample(0, [])]))
+        recipe = {"model_name_or_path": str(model), "train_file": "data.json", "output_dir": str(tmp_path / "run")}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        errors = set()
+        for arguments in (
+            ["convert", model, tmp_path / "out"],
+            ["convert", PHI.checkpoint, tmp_path / "out", "--base", model],
+            ["convert", PHI.checkpoint, tmp_path / "out", "--vision-tower", model],
+            ["export", model, tmp_path / "out"],
+            ["assemble", "--vision-tower", model, "--llm", model, "--output", tmp_path / "out"],
+            ["verify", model, "--reference", REFERENCE],
+            ["chat", model],
+            ["merge", model, tmp_path / "out"],
+            ["check-data", tmp_path / "data.json", "--model", model],
+            ["train", tmp_path / "recipe.yaml"],
+        ):
+            start = time.monotonic()
+            errors.add(error_of(capfd, *arguments))
+            assert time.monotonic() - start < 5
+        error = max(errors, key=len)
+        assert str(model).strip() in error
+        return error
+
+
+class TestOtherFiles:
+    @pytest.mark.parametrize("how", [*CONTENTS, "directory", "loop"])
+    def test_damaged_record_of_a_reference(self, how, directory, tmp_path, capfd):
+        reference = Path(shutil.copy(REFERENCE, tmp_path))
+        file = damage(reference.with_suffix(".json"), how)
+        assert str(file) in error_of(capfd, "verify", directory, "--reference", reference, "--device", "cpu")
+
+    @pytest.mark.parametrize("how", ["binary", "deep", "list", "directory"])
+    def test_damaged_recipe(self, how, tmp_path, capfd):
+        file = damage(tmp_path / "recipe.yaml", how)
+        assert str(file) in error_of(capfd, "train", file)
+
+    @pytest.mark.parametrize("how", [*CONTENTS, "directory"])
+    def test_damaged_data(self, how, tmp_path, capfd):
+        file = damage(tmp_path / "data.json", how)
+        assert str(file) in error_of(capfd, "check-data", file)
