@@ -3,7 +3,7 @@
 
 import json
 import shutil
-import time
+import socket
 from pathlib import Path
 
 import pytest
@@ -93,8 +93,8 @@ class TestModels:
         [
             ("config.json", {"image_size": "large"}, "Field 'image_size' expected int, got str"),
             ("config.json", {"prompts": {"caption": 7}}, "field 'prompts'"),
-            ("config.json", {"text_config": "llama"}, "config.json"),
-            ("config.json", {"dtype": -7}, "`dtype` is -7, expected a name such as 'bfloat16'"),
+            ("config.json", {"text_config": "llama"}, "The configuration of"),
+            ("config.json", {"dtype": -7}, "dtype -7"),
             ("config.json", {"model_type": ["florence_vl"]}, "model type ['florence_vl'], expected 'florence_vl'"),
             ("processor_config.json", {"image_processor": None}, "The processor in"),
             ("processor_config.json", {"num_image_tokens": "many"}, ""),
@@ -125,6 +125,13 @@ class TestModels:
 class TestPaths:
     """A mistyped path is not looked up on the Hub."""
 
+    @pytest.fixture(autouse=True)
+    def _no_connections(self, monkeypatch):
+        connections = []
+        monkeypatch.setattr(socket.socket, "connect", lambda _, address: connections.append(address))
+        yield
+        assert connections == []
+
     @pytest.mark.parametrize(
         "model", ["", " ", "nowhere", "./me/model", "~/model", "/no/where", "a/b/c", "model/", ".."]
     )
@@ -149,7 +156,6 @@ class TestPaths:
         errors = set()
         for arguments in (
             ["convert", model, tmp_path / "out"],
-            ["convert", PHI.checkpoint, tmp_path / "out", "--base", model],
             ["convert", PHI.checkpoint, tmp_path / "out", "--vision-tower", model],
             ["export", model, tmp_path / "out"],
             ["assemble", "--vision-tower", model, "--llm", model, "--output", tmp_path / "out"],
@@ -159,9 +165,7 @@ class TestPaths:
             ["check-data", tmp_path / "data.json", "--model", model],
             ["train", tmp_path / "recipe.yaml"],
         ):
-            start = time.monotonic()
             errors.add(error_of(capfd, *arguments))
-            assert time.monotonic() - start < 5
         error = max(errors, key=len)
         assert str(model).strip() in error
         return error

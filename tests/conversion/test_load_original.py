@@ -214,9 +214,12 @@ def test_settings_require_weights_of_the_hub_only_without_a_tower_config(has_tow
 
 def test_is_original(original, converted, tmp_path):
     assert is_original(original) and not is_original(converted)
-    assert not is_original(tmp_path) and not is_original(tmp_path / "nothing")
-    (tmp_path / "config.json").write_text("{")
     assert not is_original(tmp_path)
+    with pytest.raises(CheckpointError, match="neither a directory nor the id"):
+        is_original(tmp_path / "nothing")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="config.json cannot be read as JSON"):
+        is_original(tmp_path)
 
 
 def test_other_models_are_loaded_and_saved_as_before(original, tmp_path):

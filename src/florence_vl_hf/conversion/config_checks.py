@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
@@ -55,7 +56,9 @@ def check_layers(raw: dict[str, Any], num_tensors: float, file: Path) -> None:
 
 
 def check_config(config: PreTrainedConfig, source: Path) -> None:
-    """Refuse numbers that no model can have, in a configuration and in those of its parts."""
+    """Refuse a dtype that does not exist, and numbers that no model can have, in a configuration and its parts."""
+    if not isinstance(config.dtype, torch.dtype | None):
+        raise CheckpointError(f"{source} has dtype {config.dtype}, expected a name such as 'bfloat16'.")
     for name in config.sub_configs:
         check_config(getattr(config, name), source)
     names = [name for name in own_fields(type(config)) if name not in config.sub_configs]
