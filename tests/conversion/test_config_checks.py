@@ -15,7 +15,6 @@ from florence_vl_hf.conversion import (
     assemble,
     convert,
     export,
-    is_original,
     load_pretrained,
     read_original,
 )
