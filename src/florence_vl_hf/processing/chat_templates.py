@@ -34,7 +34,7 @@ def load_chat_template(name: str, tokenizer: PreTrainedTokenizerBase, image_toke
         )
     if name not in CHAT_TEMPLATES:
         raise ValueError(f"There is no chat template {name!r}; choose one of {', '.join(CHAT_TEMPLATES)}.")
-    # Parity: of an empty assistant turn the original writes only the header, these templates also the end token.
+    # Parity: in an empty assistant turn the original writes no end token, and these templates do.
     text = (TEMPLATE_FILES / f"{name}.jinja").read_text(encoding="utf-8")
 
     settings = ""
