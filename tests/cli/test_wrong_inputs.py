@@ -125,9 +125,7 @@ class TestModels:
 class TestPaths:
     """A mistyped path is not looked up on the Hub."""
 
-    @pytest.mark.parametrize(
-        "model", ["", " ", "nowhere", "./me/model", "~/model", "/no/where", "a/b/c", "model/", ".."]
-    )
+    @pytest.mark.parametrize("model", ["", " ", "nowhere", "./me/model", "~/model", "/no/where", "a/b/c", "model/"])
     def test_no_hub_id(self, model, tmp_path, monkeypatch, capfd):
         monkeypatch.chdir(tmp_path)
         self.refuse(model, tmp_path, capfd)
@@ -149,7 +147,6 @@ class TestPaths:
         errors = set()
         for arguments in (
             ["convert", model, tmp_path / "out"],
-            ["convert", PHI.checkpoint, tmp_path / "out", "--base", model],
             ["convert", PHI.checkpoint, tmp_path / "out", "--vision-tower", model],
             ["export", model, tmp_path / "out"],
             ["assemble", "--vision-tower", model, "--llm", model, "--output", tmp_path / "out"],
@@ -158,12 +155,13 @@ class TestPaths:
             ["merge", model, tmp_path / "out"],
             ["check-data", tmp_path / "data.json", "--model", model],
             ["train", tmp_path / "recipe.yaml"],
+            *([["check-data", model]] if "." not in str(model) else []),
         ):
             start = time.monotonic()
             errors.add(error_of(capfd, *arguments))
             assert time.monotonic() - start < 5
-        error = max(errors, key=len)
-        assert str(model).strip() in error
+        [error] = errors
+        assert (str(model) if str(model).strip() else "Got an empty path") in error
         return error
 
 

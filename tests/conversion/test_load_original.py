@@ -180,9 +180,12 @@ def test_adapter_of_peft(source, tmp_path):
 
 def test_is_original(original, converted, tmp_path):
     assert is_original(original) and not is_original(converted)
-    assert not is_original(tmp_path) and not is_original(tmp_path / "nothing")
-    (tmp_path / "config.json").write_text("{")
     assert not is_original(tmp_path)
+    with pytest.raises(CheckpointError, match="nothing is neither a directory nor"):
+        is_original(tmp_path / "nothing")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="config.json cannot be read as JSON"):
+        is_original(tmp_path)
 
 
 def test_other_models_are_loaded_and_saved_as_before(original, tmp_path):
