@@ -132,9 +132,7 @@ class TestPaths:
         yield
         assert connections == []
 
-    @pytest.mark.parametrize(
-        "model", ["", " ", "nowhere", "./me/model", "~/model", "/no/where", "a/b/c", "model/", ".."]
-    )
+    @pytest.mark.parametrize("model", ["", " ", "nowhere", "./me/model", "~/model", "/no/where", "a/b/c", "model/"])
     def test_no_hub_id(self, model, tmp_path, monkeypatch, capfd):
         monkeypatch.chdir(tmp_path)
         self.refuse(model, tmp_path, capfd)
@@ -164,10 +162,11 @@ class TestPaths:
             ["merge", model, tmp_path / "out"],
             ["check-data", tmp_path / "data.json", "--model", model],
             ["train", tmp_path / "recipe.yaml"],
+            *([["check-data", model]] if "." not in str(model) else []),
         ):
             errors.add(error_of(capfd, *arguments))
-        error = max(errors, key=len)
-        assert str(model).strip() in error
+        [error] = errors
+        assert (str(model) if str(model).strip() else "Got an empty path") in error
         return error
 
 

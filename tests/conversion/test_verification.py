@@ -347,11 +347,29 @@ class TestReferences:
                 "'generations.chat_input_ids' expected",
             ),
             ({"dialogs": {"conversations": []}}, "'dialogs' expected a list, got dict"),
+            ({"dialogs": [{"conversations": [{"from": "human"}]}]}, "Invalid item at index 1 in tuple 'dialogs.conv"),
+            ({"forwards": [{"input_ids": [[1]], "rows": [{}]}]}, "'forwards.rows.image' expected str, got NoneType"),
         ],
     )
     def test_invalid_record_is_an_error(self, record, message, good_model, llama_processor, reference):
         with pytest.raises(CheckpointError, match=message):
             verify(good_model, llama_processor, change(reference, **record))
+
+    @pytest.mark.parametrize("tensor", ["pixel_values", "davit", "image_feature", "projected", "forward0.logits"])
+    def test_tensor_with_too_few_dimensions(self, tensor, good_model, llama_processor, reference):
+        change(reference, {tensor: torch.zeros(7)})
+        with pytest.raises(CheckpointError, match=rf"{tensor} in reference.safetensors has shape \(7,\), expected"):
+            verify(good_model, llama_processor, reference)
+
+    def test_empty_entries_are_not_compared(self, good_model, llama_processor, reference):
+        generations = [{"image": "alpha.png", "chat_input_ids": [], "generated_ids": [1]}]
+        generations += [{"image": "alpha.png", "chat_input_ids": [1], "generated_ids": []}]
+        dialogs = [{"conversations": [], "chat_input_ids": [1]}, {"conversations": [{"from": "gpt", "value": "Hi"}]}]
+        forwards = [{"rows": [{"image": "alpha.png"}], "input_ids": [[]]}]
+        change(reference, generations=generations, dialogs=dialogs, forwards=forwards)
+        found = verdicts(verify(good_model, llama_processor, reference))
+        checks = ("greedy tokens", "token ids", "logits 0 (alpha.png)")
+        assert [found[name] for name in checks] == [Verdict.NOT_RECORDED] * 3
 
     def test_missing_or_damaged_file_is_one_line(self, converted_llama, reference, capfd):
         reference.write_bytes(reference.read_bytes()[:-1000])

@@ -20,6 +20,8 @@ LOGITS_STRIDE = 5
 # Runs in the original's environment, without this package.
 RECORD_SCRIPT = Path(__file__).with_name("record_reference.py")
 Ids = list[int]
+# Recorded tensors with one entry per image, and their numbers of dimensions.
+IMAGE_TENSORS = {"pixel_values": 4, "davit": 3, "image_feature": 3, "encoder_last_hidden_state": 3, "projected": 3}
 # Lists of the record, and the types of what their entries hold.
 RECORD_TYPES: dict[str, dict[str, Any]] = {
     "dialogs": {"conversations": list[dict[str, str]], "train_input_ids": Ids | None, "chat_input_ids": Ids | None},
@@ -59,8 +61,16 @@ def read_reference(path: Path) -> Reference:
             for entry in record[name]:
                 for key, expected_type in types.items():
                     type_validator(f"{name}.{key}", entry.get(key), expected_type)
+        for row in (row for forward in record["forwards"] for row in forward["rows"]):
+            type_validator("forwards.rows.image", row.get("image"), str)
+        for turn in (turn for dialog in record["dialogs"] for turn in dialog["conversations"]):
+            type_validator("dialogs.conversations", (turn.get("from"), turn.get("value")), tuple[str, str])
     except TypeError as error:
         raise CheckpointError(f"{record_file} is not a record of the original: {error}; record it again.") from error
+    for name, tensor in tensors.items():
+        num_dimensions = 3 if name.endswith(".logits") else IMAGE_TENSORS.get(name, len(tensor.shape))
+        if len(tensor.shape) != num_dimensions:
+            raise CheckpointError(f"{tensor} has shape {tensor.shape}, expected {num_dimensions} dimensions.")
     if outside := [name for name in images if Path(name).name != name]:
         raise CheckpointError(f"`images` of {record_file} holds {outside[0]!r}, expected the names of files.")
     return Reference(tensors, [path.parent / "images" / name for name in images], record)

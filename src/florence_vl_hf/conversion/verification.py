@@ -208,7 +208,7 @@ class _Checks:
         pairs = {}
         for i, generation in enumerate(tqdm(self.reference.record["generations"], desc="Generations", leave=False)):
             recorded = generation["generated_ids"]
-            if inputs := self.inputs(generation["chat_input_ids"], generation["image"]):
+            if recorded and (inputs := self.inputs(generation["chat_input_ids"], generation["image"])):
                 output_ids = self.model.generate(**inputs, max_new_tokens=len(recorded), do_sample=False, num_beams=1)
                 computed = output_ids[0, inputs["input_ids"].shape[1] :].tolist()
                 pairs[f"answer {i}, {generation['image']}"] = (recorded, computed)
@@ -219,9 +219,9 @@ class _Checks:
         pairs = {}
         for i, dialog in enumerate(self.reference.record["dialogs"]):
             messages = [_message(turn) for turn in dialog["conversations"]]
-            prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+            prompt = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
             for key, conversation in (("train_input_ids", messages), ("chat_input_ids", prompt)):
-                if key in dialog:
+                if conversation and dialog.get(key):
                     computed = self.processor.apply_chat_template(
                         conversation, tokenize=True, return_dict=True, add_generation_prompt=key == "chat_input_ids"
                     )
@@ -230,7 +230,9 @@ class _Checks:
         return _compare_ids("token ids", pairs)
 
     def inputs(self, token_ids: list[int], image: str) -> dict[str, torch.Tensor] | None:
-        """Return the model's inputs for a recorded sample, `None` if the pixel values of its image are missing."""
+        """Return the model's inputs for a recorded sample, `None` if token ids or pixel values are missing."""
+        if not token_ids:
+            return None
         inputs = {"input_ids": torch.tensor([expand_image_tokens(token_ids, self.config)])}
         if num_images := token_ids.count(IMAGE_TOKEN_INDEX):
             names = [path.name for path in self.reference.images]

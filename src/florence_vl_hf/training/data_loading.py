@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.exceptions import DatasetGenerationError
 
+from ..conversion.checkpoint_files import is_directory
 from .samples import Sample, SampleError, parse_sample, sample_id, to_utf8
 
 
@@ -71,9 +72,12 @@ def load_conversations(
 
     Raises:
         ConversationFileError: If there is no such file, or it is not a list, is truncated, or has no samples.
+        CheckpointError: If it is neither a file, a directory nor the id of a dataset on the Hub.
     """
     if isinstance(path, datasets.Dataset):
         return _load_dataset(path, os.path.abspath(image_folder or "."))
+    if not os.path.exists(path) and not str(path).lower().endswith((".json", ".jsonl")):
+        is_directory(path)  # refuses a mistyped path, which is not looked up on the Hub
     path = Path(path)
     image_folder = os.path.abspath(image_folder or (path if path.is_dir() else path.parent))
     if path.suffix.lower() not in (".json", ".jsonl"):
