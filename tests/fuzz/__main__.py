@@ -55,6 +55,7 @@ def fuzz(scale: float, seed: int, parts: list[str], only: int | None, directory:
     # In a child, since libraries start threads that a fork does not take along.
     if (written := run_python(lambda: write_inputs(inputs), directory / "log")).exit_code:
         raise RuntimeError(f"The inputs cannot be written: {written.output}")
+    files.check_intact(directory, inputs)
 
     typer.echo(f"{'part':<20} {'tried':>7} {'wrong':>7}")
     wrong = {}

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import struct
 import zipfile
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,7 +23,7 @@ COMMANDS: list[tuple[list[str], list[str]]] = [
     (["convert", "original-phi", "output"], ["original-phi/*", "original-phi/vision_tower/*"]),
     (["export", "converted", "output"], ["converted/*"]),
     (["merge", "adapter", "output", "--base", "converted"], ["adapter/*", "converted/*"]),
-    (["assemble", "tower", "llm", "output"], ["tower/*", "llm/*"]),
+    (["assemble", "--vision-tower", "tower", "--llm", "llm", "--output", "output"], ["tower/*", "llm/*"]),
     (["verify", "converted", "--reference", "reference/reference.safetensors"], ["reference/*", "converted/*"]),
     (["check-data", "data.json", "--image-folder", "images", "--model", "converted"], ["data.json"]),
     (["check-data", "data.jsonl", "--image-folder", "images", "--workers", "0"], ["data.jsonl", "images/*"]),
@@ -70,6 +71,17 @@ class Payload:
         return os.system, (f"touch {self.file}",)
 
 
+def check_intact(directory: Path, inputs: Path) -> None:
+    """Raise an error if a command fails with inputs that are not damaged: then its cases would try nothing."""
+    for number, (command, _) in enumerate(COMMANDS):
+        work = directory / f"intact-{number}"
+        shutil.copytree(inputs, work, copy_function=os.link)
+        result = run_command(command, directory / "log", enter=partial(os.chdir, work))
+        if result.exit_code:
+            raise RuntimeError(f"{' '.join(command)} fails: {result.output}")
+        shutil.rmtree(work)
+
+
 def check(random: Random, directory: Path, inputs: Path) -> str:
     command, patterns = random.choice(COMMANDS)
     work = directory / "work"
@@ -80,10 +92,7 @@ def check(random: Random, directory: Path, inputs: Path) -> str:
     change = _damage(random, damaged, executed)
     before = {file for file in work.rglob("*") if "output" not in file.relative_to(work).parts}
 
-    def enter() -> None:
-        os.chdir(work)
-
-    result = run_command(command, directory / "log", enter)
+    result = run_command(command, directory / "log", enter=partial(os.chdir, work))
     context = f"{' '.join(command)} with {damaged.relative_to(work)} ({change}), exit code {result.exit_code}"
     if executed.exists():
         return f"{context}: code was executed"

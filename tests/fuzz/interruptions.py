@@ -20,7 +20,7 @@ from .inputs import check_output
 COMMANDS = {
     "convert": ["convert", "original", "made/output"],
     "export": ["export", "converted", "made/output"],
-    "assemble": ["assemble", "tower", "llm", "made/output"],
+    "assemble": ["assemble", "--vision-tower", "tower", "--llm", "llm", "--output", "made/output"],
     "merge": ["merge", "adapter", "made/output", "--base", "converted"],
     "train": ["train", "recipe.yaml", "--set", "output_dir=made/output", "--set", "save_strategy=steps"],
 }

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, Florence2Config, PreTrainedModel
+from transformers import AutoModel, Cache, Florence2Config, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
@@ -560,12 +560,15 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, FlorenceVLImageFeaturesOutput] | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | FlorenceVLModelOutputWithPast:
         r"""
         mm_encoder_outputs (`dict[str, FlorenceVLImageFeaturesOutput]`, *optional*):
             Under `"image"`, the output of `get_image_features` for the images of this batch, which are then not
             encoded again. Excludes `pixel_values`.
+        cache (`Cache`, *optional*):
+            Keys and values of earlier tokens. Also accepted as `past_key_values`, its name before Transformers 5.24.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -585,7 +588,8 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
             image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_features)
 
-        # The cache, whose name depends on the version of Transformers, passes through `kwargs`.
+        if cache is not None:
+            kwargs[CACHE] = cache
         outputs = self.language_model(
             attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -635,12 +639,15 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, FlorenceVLImageFeaturesOutput] | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | FlorenceVLCausalLMOutputWithPast:
         r"""
         mm_encoder_outputs (`dict[str, FlorenceVLImageFeaturesOutput]`, *optional*):
             Under `"image"`, the output of `get_image_features` for the images of this batch, which are then not
             encoded again. Excludes `pixel_values`.
+        cache (`Cache`, *optional*):
+            Keys and values of earlier tokens. Also accepted as `past_key_values`, its name before Transformers 5.24.
 
         Example:
 
@@ -665,6 +672,7 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
+            cache=cache,
             **kwargs,
         )
 
