@@ -79,7 +79,7 @@ def assemble(
         Option(metavar='NAME="TEXT"', help="Add a prompt or override caption, ocr or grounding. Can be repeated."),
     ] = None,
     image_feature_source: options.FeatureSource = None,
-    projector_depth: Annotated[int, Option(help="Number of linear layers of the projector.")] = 3,
+    projector_depth: Annotated[int, Option(help="Number of linear layers of the projector.", min=1, max=99)] = 3,
     dtype: options.Dtype = None,
     chat_template: Annotated[str, Option(help="plain for captions; llama3, phi3 or vicuna for chats.")] = "plain",
     max_shard_size: options.ShardSize = "1GB",

@@ -23,7 +23,10 @@ DIVISORS = (
     *("window_size", "patch_stride", "rope_parameters", "image_std"),
 )
 # What Transformers and PyTorch raise for invalid settings.
-CONFIG_ERRORS = (ArithmeticError, AssertionError, KeyError, RuntimeError, TypeError, ValueError, StrictDataclassError)
+CONFIG_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError),
+    StrictDataclassError,
+)
 
 
 @contextmanager

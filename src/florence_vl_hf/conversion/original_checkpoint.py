@@ -246,6 +246,8 @@ def read_config(directory: Path, stored: dict[str, LazyTensor]) -> FlorenceVLCon
 def check_sizes(directory: Path, allow_mismatch: bool) -> None:
     """Refuse a model in this package's layout whose tensors are not of the sizes in its configuration."""
     stored = read_tensors(directory)
+    if not stored:
+        return  # Transformers may know other names of files, or says what is missing.
     config = read_config(directory, stored)
     # Quantized weights have other shapes.
     if not allow_mismatch and getattr(config, "quantization_config", None) is None:

@@ -131,13 +131,16 @@ def tower_settings_from_directory(directory: Path, num_tensors: float = math.inf
     files = (directory / name for name in ("preprocessor_config.json", "processor_config.json"))
     images: dict[str, Any] = next((read_json(file) for file in files if file.exists()), {})
     images = images.get("image_processor", images)
+    if not isinstance(images, dict):
+        raise CheckpointError(f"{directory} has image settings {images}, expected an object.")
     settings = {name: images.get(name, value) for name, value in PUBLIC_IMAGES.items()}
     size = settings["size"]
     if not isinstance(size, dict) or size.get("height") is None or size.get("height") != size.get("width"):
         raise CheckpointError(f"{directory} has images of size {size}, expected a square of `height` and `width`.")
     for name in ("image_mean", "image_std"):
-        if not isinstance(settings[name], list | tuple) or len(settings[name]) != 3:
-            raise CheckpointError(f"{directory} has {name} {settings[name]}, expected a number per colour.")
+        values = settings[name] if isinstance(settings[name], list | tuple) else []
+        if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
+            raise CheckpointError(f"{directory} has {name} {settings[name]}, expected a number per color.")
     check_numbers(settings, math.inf, directory)
     assumptions = [] if "size" in images else [Assumption.IMAGE_SIZE]
     return TowerSettings(config, davit.get("image_feature_source"), settings, assumptions)
