@@ -699,7 +699,7 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
         """As in Transformers; `pixel_values` may be `None`, which Transformers would encode."""
         if pixel_values is not None:
             kwargs["pixel_values"] = pixel_values
-        return super().generate(*args, **kwargs)  # type: ignore[misc]  # upstream's type of `self`
+        return super().generate(*args, **kwargs)
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]  # upstream's type of `self`
