@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from florence_vl_cli import main
 from florence_vl_hf import FlorenceVLConfig, FlorenceVLForConditionalGeneration, FlorenceVLProcessor
@@ -219,3 +219,10 @@ def tiny_inputs(
         shape = (sum(images_per_sample), 3, config.image_size, config.image_size)
         inputs["pixel_values"] = torch.randn(shape, generator=generator)
     return inputs
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Keep the input of each layer for the backward pass, and recompute everything else."""
+    # Renamed in Transformers 5.23.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

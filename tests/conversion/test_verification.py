@@ -26,12 +26,14 @@ SAMPLES = [
     for row, ids in zip(forward["rows"], forward["input_ids"], strict=True)
 ]
 LOGITS_CHECKS = [name for name, _, _ in SAMPLES]
+LOSS_CHECKS = [f"loss {i}" for i in range(len(LLAMA.reference["forwards"]))]
 FEATURE_CHECKS = ["DaViT (relative)", "V", "V't1 (caption)", "V't2 (ocr)", "V't3 (grounding)", "projection"]
 CHECKS = [
     "image tokens",
     "pixel values",
     *FEATURE_CHECKS,
     *LOGITS_CHECKS,
+    *LOSS_CHECKS,
     "greedy tokens",
     "token ids",
 ]
@@ -99,7 +101,7 @@ class TestAgreement:
         assert verdicts(results) == dict.fromkeys(CHECKS, Verdict.OK)
         assert agrees(results)
         with_numbers = [result for result in results if result.max_difference is not None]
-        assert len(with_numbers) == 1 + len(FEATURE_CHECKS) + len(LOGITS_CHECKS)
+        assert len(with_numbers) == 1 + len(FEATURE_CHECKS) + len(LOGITS_CHECKS) + len(LOSS_CHECKS)
         assert all(result.mean_difference <= result.max_difference < 1e-3 for result in with_numbers)
 
     def test_command(self, converted_llama, capfd):
@@ -263,7 +265,7 @@ class TestReferences:
             ("image_feature", ["V"]),
             ("encoder_last_hidden_state", FEATURE_CHECKS[2:5]),
             ("projected", ["projection"]),
-            ("forward3.logits", [name for name in LOGITS_CHECKS if name.startswith("logits 3 ")]),
+            ("forward3.logits", [name for name in LOGITS_CHECKS if name.startswith("logits 3 ")] + ["loss 3"]),
         ],
     )
     def test_missing_tensor(self, tensor, checks, good_model, llama_processor, reference):
@@ -327,6 +329,13 @@ class TestReferences:
         last = generations[1]["generated_ids"][-1]
         assert results[-2].note.startswith("answer 1, ")
         assert results[-2].note.endswith(f"has {last - 1} instead of {last} at token 15")
+
+    def test_another_loss_fails(self, good_model, llama_processor, reference):
+        """Of a batch of several samples: its mean is over all labels, not over samples."""
+        forwards = copy.deepcopy(LLAMA.reference["forwards"])
+        batch = max(range(len(forwards)), key=lambda i: len(forwards[i]["rows"]))
+        forwards[batch]["loss"] += 0.01
+        assert failed(verify(good_model, llama_processor, change(reference, forwards=forwards))) == [f"loss {batch}"]
 
     @pytest.mark.parametrize("tensors", [{"something": torch.zeros(2)}, {"image_feature": torch.zeros(7, 10, 8)}])
     def test_nothing_to_compare(self, tensors, good_model, llama_processor, tmp_path):

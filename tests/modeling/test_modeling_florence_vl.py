@@ -22,7 +22,7 @@ from florence_vl_hf.conversion.verification import Tolerances
 from florence_vl_hf.modeling.modeling_florence_vl import FlorenceVLVisionBlock
 from florence_vl_hf.modeling.transformers_compat import CACHE
 
-from ..conftest import tiny_config, tiny_inputs, tiny_model
+from ..conftest import enable_checkpointing, tiny_config, tiny_inputs, tiny_model
 
 
 def count_calls(module: torch.nn.Module) -> list[tuple[int, ...]]:
@@ -407,7 +407,7 @@ class TestTraining:
             ]
             inner = [count_calls(b) for b in (blocks[0].channel_block.conv1, blocks[1].fc1, blocks[2].input_layernorm)]
             if checkpointing:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                enable_checkpointing(model)
             model.train()
             model(**inputs).loss.backward()
             return {name: p.grad for name, p in model.named_parameters()}, [len(calls) for calls in inner]

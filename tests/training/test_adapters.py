@@ -23,11 +23,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from florence_vl_hf import FlorenceVLForConditionalGeneration
 from florence_vl_hf.conversion import CheckpointError, load_original
-from florence_vl_hf.modeling.transformers_compat import enable_checkpointing
 from florence_vl_hf.training.adapters import lora_config, lora_target_modules, merge_adapter, quantization_config
 from florence_vl_hf.training.arguments import CHECKPOINTING
 
-from ..conftest import FIXTURES, status, tiny_inputs, tiny_model
+from ..conftest import FIXTURES, enable_checkpointing, status, tiny_inputs, tiny_model
 
 
 PROJECTOR = "model.multi_modal_projector"

@@ -6,11 +6,10 @@ import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from florence_vl_hf.modeling.transformers_compat import enable_checkpointing
 from florence_vl_hf.training import STAGES, lora_config, register_training_hook, set_trainable
 from florence_vl_hf.training.stages import PARTS, Stage, part_of
 
-from ..conftest import tiny_config, tiny_inputs, tiny_model
+from ..conftest import enable_checkpointing, tiny_config, tiny_inputs, tiny_model
 
 
 # Written out, and not taken from the code.

@@ -25,7 +25,13 @@ IMAGE_TENSORS = {"pixel_values": 4, "davit": 3, "image_feature": 3, "encoder_las
 # Lists of the record, and the types of what their entries hold.
 RECORD_TYPES: dict[str, dict[str, Any]] = {
     "dialogs": {"conversations": list[dict[str, str]], "train_input_ids": Ids | None, "chat_input_ids": Ids | None},
-    "forwards": {"rows": list[dict[str, Any]], "input_ids": list[Ids], "attention_mask": list[Ids] | None},
+    "forwards": {
+        "rows": list[dict[str, Any]],
+        "input_ids": list[Ids],
+        "attention_mask": list[Ids] | None,
+        "labels": list[Ids] | None,
+        "loss": float | None,
+    },
     "generations": {"image": str, "chat_input_ids": Ids, "generated_ids": Ids},
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration
@@ -36,6 +37,7 @@ class Tolerances:
     davit = 2e-5  # relative to the largest recorded value, which is about 100
     features = 1e-4
     logits = 2e-3
+    loss = 1e-3
 
 
 class Verdict(StrEnum):
@@ -191,17 +193,33 @@ class _Checks:
         return {name: torch.cat(parts) for name, parts in batches.items()}
 
     def forwards(self) -> Iterator[CheckResult]:
-        """Compare the logits of every recorded sample. Batches are padded on the right."""
+        """Compare the logits of each recorded sample, and the loss of each batch. Batches are padded on the right."""
         for i, forward in enumerate(tqdm(self.reference.record["forwards"], desc="Forwards", leave=False)):
-            logits = self.reference.load(f"forward{i}.logits")
+            logits, losses, num_labels = self.reference.load(f"forward{i}.logits"), [], 0
             masks = forward.get("attention_mask") or [[1] * len(ids) for ids in forward["input_ids"]]
+            all_labels = forward.get("labels") or [[]] * len(masks)
             for j, (row, ids, mask) in enumerate(zip(forward["rows"], forward["input_ids"], masks, strict=False)):
                 recorded = computed = None
-                if logits is not None and (inputs := self.inputs(ids[: sum(mask)], row["image"])):
+                ids = ids[: sum(mask)]
+                if logits is not None and (inputs := self.inputs(ids, row["image"])):
                     recorded = logits[j : j + 1, : inputs["input_ids"].shape[1]]
                     # The original has no entries for `<image>`.
-                    computed = self.model(**inputs).logits[..., ::LOGITS_STRIDE][..., : logits.shape[-1]]
+                    computed = self.model(**inputs).logits
+                    if labels := self.labels(ids, all_labels[j]):
+                        pairs = (computed[0, :-1].float().cpu(), torch.tensor(labels)[1:])
+                        losses.append(nn.functional.cross_entropy(*pairs, ignore_index=-100, reduction="sum"))
+                        num_labels += sum(label != -100 for label in labels[1:])
+                    computed = computed[..., ::LOGITS_STRIDE][..., : logits.shape[-1]]
                 yield self.compare(f"logits {i} ({row['image']})", recorded, computed, Tolerances.logits)
+            if "loss" in forward:
+                is_complete = len(losses) == len(masks) and num_labels > 0
+                loss = torch.stack(losses).sum() / num_labels if is_complete else None
+                yield self.compare(f"loss {i}", torch.tensor(forward["loss"]), loss, Tolerances.loss)
+
+    def labels(self, ids: list[int], labels: list[int]) -> list[int]:
+        """Return the labels of a sample, with one per image token for each of the original's placeholders."""
+        counts = [self.config.num_image_tokens if i == IMAGE_TOKEN_INDEX else 1 for i in ids]
+        return [label for label, count in zip(labels, counts, strict=False) for _ in range(count)]
 
     def generations(self) -> CheckResult:
         """Compare the tokens of greedy decoding, as many as were recorded."""

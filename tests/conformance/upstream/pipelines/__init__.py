@@ -15,5 +15,6 @@ OTHER_PIPELINES = (
 )
 for name in OTHER_PIPELINES:
     module = ModuleType(f"{__name__}.test_pipelines_{name}")
+    module.__file__ = __file__  # torch.compile reads it of every module
     module.__getattr__ = lambda class_name: type(class_name, (), {})
     sys.modules[module.__name__] = module
