@@ -18,6 +18,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 for command in (convert, export, assemble, verify, check_data, train, merge, chat, push):
     app.command()(command)
 
+# In characters. Of a longer message, the beginning and the end are printed.
+MAX_MESSAGE_LENGTH = 1000
 # Their messages say what is wrong; other types need their name to be understood.
 CLEAR_ERRORS = (ImportError, OSError, RuntimeError, ValueError)
 
@@ -51,6 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
         message = " ".join(str(error).split())
         if not message or not isinstance(error, CLEAR_ERRORS):
             message = f"{type(error).__name__}: {message}".removesuffix(": ")
+        if len(message) > MAX_MESSAGE_LENGTH:  # a file's content can be part of it
+            message = f"{message[: MAX_MESSAGE_LENGTH // 2]} [...] {message[-MAX_MESSAGE_LENGTH // 2 :]}"
         typer.echo(f"florence-vl: error: {message}", err=True)
         sys.exit(1)
 

