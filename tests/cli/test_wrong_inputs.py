@@ -175,6 +175,12 @@ class TestPaths:
         return error
 
 
+def test_truncated_template(directory, tmp_path, capfd):
+    template = directory / "chat_template.jinja"
+    template.write_text(template.read_text()[:-20])
+    assert "TemplateSyntaxError" in error_of(capfd, "push", directory, "me/model", "--dry-run")
+
+
 def test_long_message_is_shortened(tmp_path, capfd):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model_name_or_path: x\ntrain_file: y\nmax_steps: {'z' * 5000}")

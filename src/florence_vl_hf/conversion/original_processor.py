@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template  # knows `{% generation %}`
 
 from ..processing import IMAGE_TOKEN, FlorenceVLProcessor
 from .checkpoint_files import CheckpointError, read_json
@@ -70,6 +71,9 @@ def read_processor(path_or_id: str | Path, **hub_kwargs: Any) -> FlorenceVLProce
     try:
         processor = FlorenceVLProcessor.from_pretrained(path_or_id, **hub_kwargs)
         _check_image_processor(processor.image_processor)
+        templates = processor.chat_template or {}
+        for template in templates.values() if isinstance(templates, dict) else [templates]:
+            _compile_jinja_template(template)
         return processor
     except Exception as error:
         # Tokenizers and image processors raise many exceptions for damaged files.
