@@ -60,12 +60,13 @@ def main(
     repeats: Annotated[int, typer.Option(help="Rounds of each measurement.", min=1)] = 5,
     device: Annotated[str, typer.Option(help="Such as `cpu` or `cuda`.")] = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.float32,
+    max_batch: Annotated[int, typer.Option(help="Leave larger batches out, which take long on a CPU.", min=1)] = 16,
     threads: Annotated[int, typer.Option(help="Threads of PyTorch on the CPU.", min=1)] = 2,
 ) -> None:
     """Compare Florence-VL's speed and memory with the original's way, a LLaVA, and the bare matrix products."""
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
-    setup = Setup(text.value, small, repeats, torch.device(device), getattr(torch, dtype.value))
+    setup = Setup(text.value, small, repeats, torch.device(device), getattr(torch, dtype.value), max_batch)
     result = {"machine": machine(setup), "rows": []}
     typer.echo(LAYOUT.format("", "unit", "baseline", "ours", "baseline", "ratio", "spread"))
     for part in parts or PARTS:

@@ -1,6 +1,7 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Measurements: alternated timings, peak memory, and the matrix products of a computation."""
 
+import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 aten = torch.ops.aten
+Work = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,9 @@ class Row:
         ours, theirs (`float`): Medians of the two.
         ratio (`float`): How many times as fast ours is: the median over rounds, each of which runs both.
         spread (`tuple[float, float]`): The smallest and the largest ratio of a round.
-        details (`dict[str, float]`): Peak memory in bytes and floating point operations, where measured.
+        memory_ours, memory_theirs (`int`, *optional*): Most bytes that a run allocates at a time, besides what was
+            allocated before, such as the weights.
+        details (`dict[str, float]`): Other numbers, such as floating point operations.
     """
 
     name: str
@@ -39,6 +43,8 @@ class Row:
     theirs: float
     ratio: float
     spread: tuple[float, float]
+    memory_ours: int | None = None
+    memory_theirs: int | None = None
     details: dict[str, float] = field(default_factory=dict)
 
 
@@ -47,26 +53,30 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def timed(work: Callable[[], Any]) -> Callable[[], float]:
-    """Return a function that does the work and returns its seconds."""
+def elapsed(work: Work) -> float:
+    """Do the work, and return its seconds."""
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
 
-    def run() -> float:
-        synchronize()
-        start = time.perf_counter()
-        work()
-        synchronize()
-        return time.perf_counter() - start
 
-    return run
+def own_seconds(work: Work) -> float:
+    """Do work that measures itself and returns its seconds."""
+    return work()
 
 
 def compare(
     name: str,
-    ours: Callable[[], float],
-    baselines: dict[str, Callable[[], float]],
+    ours: Work,
+    baselines: dict[str, Work],
     repeats: int,
     unit: str = "s",
     amount: float | None = None,
+    seconds: Callable[[Work], float] = elapsed,
+    check_original: Callable[[Any, Any], None] | None = None,
+    with_memory: bool = True,
     details: dict[str, float] | None = None,
 ) -> Iterator[Row]:
     """
@@ -74,54 +84,71 @@ def compare(
 
     Args:
         name (`str`): What is measured.
-        ours (`Callable`): Returns the seconds of one run, as those of `timed` do.
-        baselines (`dict[str, Callable]`): The same for each baseline.
-        repeats (`int`): Number of rounds, after one for warming up.
+        ours (`Callable`): The work to measure.
+        baselines (`dict[str, Callable]`): The work of each baseline.
+        repeats (`int`): Number of rounds, after one for warming up, in which memory is measured.
         unit (`str`, *optional*, defaults to `"s"`): Unit of the reported numbers.
-        amount (`float`, *optional*): What one run processes, in the unit's numerator. By default, seconds are reported.
+        amount (`float`, *optional*): What one run processes, in the unit's numerator. By default, seconds are
+            reported.
+        seconds (`Callable`, *optional*): Does the work and returns its seconds.
+        check_original (`Callable`, *optional*): Raises an error if the outputs of ours and of `baselines["original"]`
+            differ.
+        with_memory (`bool`, *optional*, defaults to `True`): Whether the work runs in this process, with PyTorch.
         details (`dict[str, float]`, *optional*): Further numbers of each row.
     """
     contenders = {"ours": ours, **baselines}
-    for run in contenders.values():
-        run()
-    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
+    outputs, memory = {}, dict.fromkeys(contenders)
+    for contender, work in contenders.items():
+        if with_memory:
+            outputs[contender], memory[contender] = peak_memory(work)
+        else:
+            outputs[contender] = work()
+    if check_original is not None:
+        check_original(outputs["ours"], outputs["original"])
+    outputs.clear()
+    times: dict[str, list[float]] = {contender: [] for contender in contenders}
     for _ in range(repeats):
-        for contender, run in contenders.items():
-            seconds[contender].append(run())
+        for contender, work in contenders.items():
+            times[contender].append(seconds(work))
 
-    def reported(times: list[float]) -> float:
-        return median(times) if amount is None else amount / median(times)
+    def reported(contender: str) -> float:
+        middle = median(times[contender])
+        return middle if amount is None else amount / middle
 
     for baseline in baselines:
-        ratios = [theirs / our for our, theirs in zip(seconds["ours"], seconds[baseline], strict=True)]
+        ratios = [theirs / our for our, theirs in zip(times["ours"], times[baseline], strict=True)]
         yield Row(
             name,
             unit,
             baseline,
-            reported(seconds["ours"]),
-            reported(seconds[baseline]),
+            reported("ours"),
+            reported(baseline),
             median(ratios),
             (min(ratios), max(ratios)),
+            memory["ours"],
+            memory[baseline],
             details or {},
         )
 
 
-def peak_memory(work: Callable[[], Any]) -> int:
-    """Measure how many bytes of PyTorch's memory are allocated at most during the work, besides those before it."""
+def peak_memory(work: Work) -> tuple[Any, int]:
+    """Do the work, and return its output and the most bytes of PyTorch's memory that it allocated at a time."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
+        output = work()
+        return output, torch.cuda.max_memory_allocated() - before
     # On the CPU, the profiler reports each allocation and deallocation.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        work()
+        output = work()
     events = sorted(
         (event.start_ns(), event.nbytes())
         for event in profiler.profiler.kineto_results.events()
         if event.name() == "[memory]"
     )
-    return max(itertools.accumulate(num_bytes for _, num_bytes in events), default=0)
+    del profiler
+    gc.collect()  # of the profiler's events, which would slow down what is measured next
+    return output, max(itertools.accumulate((num_bytes for _, num_bytes in events), initial=0))
 
 
 class Products(TorchDispatchMode):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import ByteLevelBPETokenizer
+from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
     CLIPImageProcessorPil,
@@ -101,6 +102,7 @@ class Setup:
         repeats (`int`): Number of rounds of each measurement.
         device (`torch.device`): Where models compute.
         dtype (`torch.dtype`): Dtype of their weights.
+        max_batch (`int`): Larger batches are left out.
     """
 
     text: str
@@ -108,6 +110,16 @@ class Setup:
     repeats: int
     device: torch.device
     dtype: torch.dtype
+    max_batch: int
+
+    def batch_sizes(self, *sizes: int) -> list[int]:
+        """Leave out the sizes that are too large for this run."""
+        return [size for size in sizes if size <= self.max_batch]
+
+    def check_equal(self, ours: torch.Tensor, original: torch.Tensor) -> None:
+        """Raise an `AssertionError` unless ours is what the original computes, in the precision of the dtype."""
+        tolerance = {"rtol": 1e-3, "atol": 1e-4} if self.dtype is torch.float32 else {"rtol": 0.05, "atol": 0.05}
+        assert_close(ours, original, **tolerance)
 
     @cached_property
     def config(self) -> FlorenceVLConfig:

@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessorPil
 from florence_vl_hf.conversion.original_config import PUBLIC_IMAGES
 from florence_vl_hf.training.collator import IGNORED_LABEL, FlorenceVLCollator
 
-from .measuring import Row, compare, peak_memory, record_products, timed
+from .measuring import Row, compare, record_products
 from .models import Setup
 
 
@@ -23,10 +23,13 @@ def processor(setup: Setup) -> Iterator[Row]:
     """Prepare images, and samples with a template and labels."""
     num_images = 8
     images = [setup.image] * num_images
-    ours, peer = setup.processor.image_processor, setup.peer_processor.image_processor
+    peer = setup.peer_processor.image_processor
     size = setup.config.image_size
     square = {"height": size, "width": size}
     clip = CLIPImageProcessorPil(**{**PUBLIC_IMAGES, "size": square, "do_center_crop": False})
+
+    def prepare() -> torch.Tensor:
+        return setup.processor.image_processor(images, return_tensors="pt").pixel_values
 
     def prepare_original() -> torch.Tensor:
         # One image at a time, on a square canvas of the mean colour.
@@ -42,18 +45,18 @@ def processor(setup: Setup) -> Iterator[Row]:
         for image in images:
             image.resize((size, size), Image.Resampling.BICUBIC)
 
-    assert_close(ours(images, return_tensors="pt").pixel_values, prepare_original())
     yield from compare(
         "processor: images",
-        timed(lambda: ours(images, return_tensors="pt")),
+        prepare,
         {
-            "original": timed(prepare_original),
-            "peer": timed(lambda: peer(images, return_tensors="pt")),
-            "limit": timed(resize),
+            "original": prepare_original,
+            "peer": lambda: peer(images, return_tensors="pt"),
+            "limit": resize,
         },
         setup.repeats,
         "images/s",
         num_images,
+        check_original=assert_close,
     )
 
     collator = FlorenceVLCollator(setup.processor, on_error="raise")
@@ -80,8 +83,8 @@ def processor(setup: Setup) -> Iterator[Row]:
 
     yield from compare(
         "processor: samples with template and labels",
-        timed(lambda: collator(samples)),
-        {"peer": timed(prepare_peer)},
+        lambda: collator(samples),
+        {"peer": prepare_peer},
         setup.repeats,
         "samples/s",
         num_images,
@@ -90,7 +93,7 @@ def processor(setup: Setup) -> Iterator[Row]:
 
 def vision(setup: Setup) -> Iterator[Row]:
     """Encode images: vision tower, fusion and projector."""
-    for num_images in (1, 8):
+    for num_images in setup.batch_sizes(1, 8):
         pixel_values = setup.pixel_values(num_images)
         peer_pixel_values = setup.pixel_values(num_images, setup.peer.config.vision_config.image_size)
 
@@ -105,34 +108,25 @@ def vision(setup: Setup) -> Iterator[Row]:
         def original(pixel_values: torch.Tensor = pixel_values) -> torch.Tensor:
             return setup.original.image_features(pixel_values)
 
-        check_equal(setup, ours(), original())
         products = record_products(setup.model, ours)
         details = {
-            "peak memory": peak_memory(ours),
-            "peak memory of original": peak_memory(original),
-            "peak memory of peer": peak_memory(peer),
-            "parameters of the tower": num_bytes(setup.model.model.vision_tower),
-            "parameters of original's tower": num_bytes(setup.original.florence),
             "flops": products.flops,
             "flops of peer": record_products(setup.peer, peer).flops,
+            "bytes of the tower": num_bytes(setup.model.model.vision_tower),
+            "bytes of the original's tower": num_bytes(setup.original.florence),
         }
         yield from compare(
             f"vision, batch {num_images}",
-            timed(ours),
-            {"original": timed(original), "peer": timed(peer), "limit": timed(products.replay())},
+            ours,
+            {"original": original, "peer": peer, "limit": products.replay()},
             setup.repeats,
             "images/s",
             num_images,
-            details,
+            check_original=setup.check_equal,
+            details=details,
         )
 
 
 def num_bytes(module: torch.nn.Module) -> int:
     """Size of a module's parameters in bytes."""
     return sum(parameter.nbytes for parameter in module.parameters())
-
-
-def check_equal(setup: Setup, ours: torch.Tensor, original: torch.Tensor) -> None:
-    """Raise an `AssertionError` where ours is not what the original computes, in the precision of the dtype."""
-    tolerance = {} if setup.dtype is not torch.float32 else {"rtol": 1e-3, "atol": 1e-4}
-    assert_close(ours, original, **tolerance)
