@@ -15,12 +15,15 @@ import torch
 import transformers
 import typer
 
+from .loading import conversion, loading
 from .measuring import Row
 from .models import TEXT_MODELS, Setup
 from .vision import processor, vision
 
 
-PARTS: dict[str, Callable[[Setup], Iterator[Row]]] = {part.__name__: part for part in (processor, vision)}
+PARTS: dict[str, Callable[[Setup], Iterator[Row]]] = {
+    part.__name__: part for part in (processor, vision, loading, conversion)
+}
 Part = StrEnum("Part", list(PARTS))
 Text = StrEnum("Text", list(TEXT_MODELS))
 Dtype = StrEnum("Dtype", ["float32", "bfloat16"])

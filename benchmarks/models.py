@@ -63,7 +63,7 @@ SMALL_CONFIG: dict[str, Any] = {
         },
         "text_config": {
             "model_type": "bart",
-            "vocab_size": 64,
+            "vocab_size": 51289,
             "d_model": 16,
             "encoder_layers": 2,
             "encoder_attention_heads": 2,
@@ -71,13 +71,11 @@ SMALL_CONFIG: dict[str, Any] = {
             "decoder_layers": 1,
             "decoder_attention_heads": 2,
             "decoder_ffn_dim": 32,
-            "max_position_embeddings": 32,
+            "max_position_embeddings": 1024,
         },
     },
     "text_config": {**TINY_TEXT, "vocab_size": 1024, "hidden_size": 32, "intermediate_size": 48},
     "image_size": 64,
-    "prompts": {"caption": "Describe.", "ocr": "Read.", "grounding": "Locate."},
-    "prompt_token_ids": {"caption": [0, 7, 8, 2], "ocr": [0, 9, 2, 1], "grounding": [0, 10, 2, 1]},
 }
 CLIP_LARGE_336 = {
     "hidden_size": 1024,
