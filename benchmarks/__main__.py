@@ -15,14 +15,28 @@ import torch
 import transformers
 import typer
 
+from .generation import decoding, first_token, growth, requests, second_turn
 from .loading import conversion, loading
 from .measuring import Row
 from .models import TEXT_MODELS, Setup
+from .training import training
 from .vision import processor, vision
 
 
 PARTS: dict[str, Callable[[Setup], Iterator[Row]]] = {
-    part.__name__: part for part in (processor, vision, loading, conversion)
+    part.__name__: part
+    for part in (
+        processor,
+        vision,
+        loading,
+        conversion,
+        first_token,
+        decoding,
+        requests,
+        second_turn,
+        training,
+        growth,
+    )
 }
 Part = StrEnum("Part", list(PARTS))
 Text = StrEnum("Text", list(TEXT_MODELS))

@@ -264,12 +264,13 @@ class Original:
             for name in model.config.fusion_prompts
         ]
 
-    @torch.no_grad()
     def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Projected features, of shape `(num_images, num_image_tokens, text_hidden_size)`."""
-        return torch.cat([self._features_of_one(image) for image in pixel_values.split(1)])
+        fused = torch.cat([self._fused_features_of_one(image) for image in pixel_values.split(1)])
+        return self.ours.model.multi_modal_projector(fused)
 
-    def _features_of_one(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()
+    def _fused_features_of_one(self, pixel_values: torch.Tensor) -> torch.Tensor:
         image_feature = self.florence.get_image_features(pixel_values, return_dict=True).pooler_output
         num_tokens = image_feature.shape[1]
         image_ids = torch.full((1, num_tokens), self.florence.config.image_token_id, device=pixel_values.device)
@@ -287,7 +288,7 @@ class Original:
                 output_hidden_states=True,
             )
             features.append(generated.encoder_hidden_states[-1][:, :num_tokens])
-        return self.ours.model.multi_modal_projector(torch.cat(features, dim=-1))
+        return torch.cat(features, dim=-1)
 
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         """Embeddings of text and images, of shape `(batch_size, sequence_length, text_hidden_size)`."""

@@ -105,6 +105,7 @@ def vision(setup: Setup) -> Iterator[Row]:
         def peer(pixel_values: torch.Tensor = peer_pixel_values) -> Any:
             return setup.peer.get_image_features(pixel_values, return_dict=True)
 
+        @torch.no_grad()
         def original(pixel_values: torch.Tensor = pixel_values) -> torch.Tensor:
             return setup.original.image_features(pixel_values)
 
