@@ -41,7 +41,8 @@ PARTS: dict[str, Callable[[Setup], Iterator[Row]]] = {
 Part = StrEnum("Part", list(PARTS))
 Text = StrEnum("Text", list(TEXT_MODELS))
 Dtype = StrEnum("Dtype", ["float32", "bfloat16"])
-LAYOUT = "{:<46}{:<12}{:<10}{:>11}{:>11}{:>8}  {}"
+MIB = 2**20
+LAYOUT = "{:<46}{:<11}{:<11}{:>10}{:>10}{:>7}  {:<16}{}"
 
 
 def machine(setup: Setup) -> dict[str, str | int | float]:
@@ -85,12 +86,15 @@ def main(
     transformers.logging.set_verbosity_error()
     setup = Setup(text.value, small, repeats, torch.device(device), getattr(torch, dtype.value), max_batch)
     result = {"machine": machine(setup), "rows": []}
-    typer.echo(LAYOUT.format("", "unit", "baseline", "ours", "baseline", "ratio", "spread"))
+    typer.echo(LAYOUT.format("", "unit", "baseline", "ours", "baseline", "ratio", "spread", "peak MiB"))
     for part in parts or PARTS:
         for row in PARTS[part](setup):
             low, high = row.spread
             numbers = (f"{row.ours:.3g}", f"{row.theirs:.3g}", f"{row.ratio:.2f}", f"{low:.2f} to {high:.2f}")
-            typer.echo(LAYOUT.format(row.name, row.unit, row.baseline, *numbers))
+            memory = ""
+            if row.memory_ours is not None and row.memory_theirs is not None:
+                memory = f"{row.memory_ours / MIB:.0f}, {row.memory_theirs / MIB:.0f}"
+            typer.echo(LAYOUT.format(row.name, row.unit, row.baseline, *numbers, memory))
             result["rows"].append(asdict(row))
             # After each row: a later one may need more memory than there is.
             if json_file is not None:

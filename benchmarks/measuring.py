@@ -31,8 +31,8 @@ class Row:
         ours, theirs (`float`): Medians of the two.
         ratio (`float`): How many times as fast ours is: the median over rounds, each of which runs both.
         spread (`tuple[float, float]`): The smallest and the largest ratio of a round.
-        memory_ours, memory_theirs (`int`, *optional*): Most bytes that a run allocates at a time, besides what was
-            allocated before, such as the weights.
+        memory_ours, memory_theirs (`int`, *optional*): Most bytes of PyTorch's memory that a run allocates at a
+            time, besides what was allocated before, such as the weights.
         details (`dict[str, float]`): Other numbers, such as floating point operations.
     """
 
