@@ -115,9 +115,10 @@ class Setup:
         return [size for size in sizes if size <= self.max_batch]
 
     def check_equal(self, ours: torch.Tensor, original: torch.Tensor) -> None:
-        """Raise an `AssertionError` unless ours is what the original computes, in the precision of the dtype."""
-        tolerance = {"rtol": 1e-3, "atol": 1e-4} if self.dtype is torch.float32 else {"rtol": 0.05, "atol": 0.05}
-        assert_close(ours, original, **tolerance)
+        """Raise an `AssertionError` where the two differ by more than a fraction of the largest value."""
+        largest = original.abs().max()
+        tolerance = 2e-5 if self.dtype is torch.float32 else 5e-2
+        assert_close(ours / largest, original / largest, rtol=0, atol=tolerance)
 
     @cached_property
     def config(self) -> FlorenceVLConfig:

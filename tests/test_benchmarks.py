@@ -46,11 +46,12 @@ def test_part(part, baselines, tmp_path):
     assert all(row["ours"] > 0 and row["theirs"] > 0 for row in rows)
 
 
-class TestOriginal:
-    @pytest.fixture(scope="class")
-    def setup(self):
-        return Setup("tiny", True, 1, torch.device("cpu"), torch.float32, 2)
+@pytest.fixture
+def setup() -> Setup:
+    return Setup("tiny", True, 1, torch.device("cpu"), torch.float32, 2)
 
+
+class TestOriginal:
     @torch.no_grad()
     def test_equals_ours(self, setup):
         pixel_values = setup.pixel_values(2)
