@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -67,9 +68,9 @@ def loading(setup: Setup) -> Iterator[Row]:
         def peer() -> None:
             LlavaForConditionalGeneration.from_pretrained(directory / "peer").to(setup.device)
 
-        def read() -> None:
-            for file in (directory / "ours").glob("*.safetensors"):
-                torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8).to(setup.device)
+        def read() -> dict[str, torch.Tensor]:
+            files = sorted((directory / "ours").glob("*.safetensors"))
+            return {name: tensor for file in files for name, tensor in load_file(file, str(setup.device)).items()}
 
         yield from compare("from_pretrained", ours, {"original": original, "peer": peer, "limit": read}, setup.repeats)
 
