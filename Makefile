@@ -10,7 +10,7 @@ VENV := .venv
 VENV_OLDEST := .venv-oldest
 VENV_NEWEST := .venv-newest
 
-.PHONY: test test-fast test-oldest test-newest conformance fuzz check style coverage build quickstart new-question clean
+.PHONY: test test-fast test-oldest test-newest conformance fuzz check style coverage build bench quickstart new-question clean
 
 # All checks and all tests, as in CI.
 test: check
@@ -65,6 +65,10 @@ coverage: $(VENV)/installed
 build: $(VENV)/installed
 	$(VENV)/bin/python -m build --no-isolation
 
+# Speed and memory at real sizes, as ratios to baselines. Takes hours on a CPU; benchmarks/README.md has shorter runs.
+bench: $(VENV)/installed
+	OMP_NUM_THREADS= $(VENV)/bin/python -m benchmarks --json benchmarks.json
+
 # Train a tiny Florence-VL from scratch, and ask it about new images.
 quickstart: $(VENV)/installed
 	$(VENV)/bin/python examples/quickstart/quickstart.py --output quickstart-output
@@ -80,6 +84,7 @@ quickstart-output:
 
 clean:
 	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) build dist quickstart-output quickstart-question quickstart-lora
+	rm -f benchmarks.json
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
