@@ -80,6 +80,7 @@ def run_python(
 ) -> Result:
     """Run a function as `run_command` runs a command."""
     start = time.monotonic()
+    log.touch()  # the child may be killed before it opens it
     if (child := os.fork()) == 0:
         _run_child(function, log, enter, leave, max_cpu_seconds)
     if interrupt is not None:
