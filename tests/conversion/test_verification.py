@@ -10,12 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from florence_vl_cli import main
 from florence_vl_hf import FlorenceVLForConditionalGeneration, FlorenceVLProcessor
 from florence_vl_hf.conversion import CheckpointError, convert
 from florence_vl_hf.conversion.verification import CheckResult, Tolerances, Verdict, agrees, format_results, verify
 
-from ..conftest import FIXTURES, Golden
+from ..conftest import FIXTURES, Golden, status
 
 
 LLAMA = Golden(FIXTURES / "llama-small")
@@ -87,12 +86,6 @@ def verdicts(results: list[CheckResult]) -> dict[str, Verdict]:
 
 def failed(results: list[CheckResult]) -> list[str]:
     return [result.name for result in results if result.verdict is Verdict.FAILED]
-
-
-def status(*arguments: str | Path) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(argument) for argument in arguments])
-    return exit_.value.code
 
 
 class TestAgreement:
