@@ -39,6 +39,10 @@ def is_original(path_or_id: str | Path, **hub_kwargs: Any) -> bool:
 def check_model_type(path_or_id: str | Path, **hub_kwargs: Any) -> None:
     """Raise a `CheckpointError` if a directory or Hub repository has no Florence-VL, in either layout."""
     is_directory(path_or_id)
+    _require_florence_vl(path_or_id, **hub_kwargs)
+
+
+def _require_florence_vl(path_or_id: str | Path, **hub_kwargs: Any) -> None:
     model_type = _model_type(path_or_id, **hub_kwargs)
     if model_type not in (FlorenceVLConfig.model_type, *TEXT_MODEL_TYPES):
         raise CheckpointError(
@@ -135,7 +139,8 @@ def load_pretrained(
         _model_of(loaded).load_adapter(str(path_or_id))
     else:
         if not base:
-            check_model_type(path_or_id, **hub_kwargs)
+            # `is_original` has read the files already.
+            _require_florence_vl(path_or_id, **hub_kwargs)
             if Path(path_or_id).is_dir():
                 check_sizes(Path(path_or_id), allow_mismatch=kwargs.get("ignore_mismatched_sizes", False))
         if vision_tower is not None:
