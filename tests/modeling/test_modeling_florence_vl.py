@@ -5,6 +5,8 @@ import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
+from torch.nn.functional import pad
 from torch.testing import assert_close
 from transformers import (
     AttentionInterface,
@@ -19,7 +21,11 @@ from florence_vl_hf.conversion import load_original
 from florence_vl_hf.conversion.key_mapping import to_converted
 from florence_vl_hf.conversion.reference import LOGITS_STRIDE
 from florence_vl_hf.conversion.verification import Tolerances
-from florence_vl_hf.modeling.modeling_florence_vl import FlorenceVLVisionBlock
+from florence_vl_hf.modeling.modeling_florence_vl import (
+    FlorenceVLImageFeaturesOutput,
+    FlorenceVLVisionBlock,
+    FlorenceVLVisionTower,
+)
 from florence_vl_hf.modeling.transformers_compat import CACHE
 
 from ..conftest import enable_checkpointing, tiny_config, tiny_inputs, tiny_model
@@ -201,6 +207,40 @@ class TestVisionTower:
         model.get_image_features(torch.randn(num_images, 3, 64, 64))
         assert set(strides.values()) == {1}
 
+    @pytest.mark.slow
+    @torch.no_grad()
+    def test_compiled_equals_eager(self):
+        config = tiny_config()
+        # A single stage, whose two blocks share a graph: the C++ compiler takes seconds for each graph.
+        stage = {"depths": 2, "embed_dim": 32, "num_heads": 4, "num_groups": 4, "patch_prenorm": False}
+        patch = {"patch_size": 32, "patch_stride": 32, "patch_padding": 0}
+        for name, value in (stage | patch).items():
+            setattr(config.vision_config.vision_config, name, [value])
+        tower = FlorenceVLVisionTower(config).eval()
+        images = torch.randn(3, 3, 64, 64)
+        expected = tower(images).features
+        tower.compile(fullgraph=True)
+        for num_images in (1, 3):
+            features = tower(images[:num_images]).features
+            assert_close(features, {name: feature[:num_images] for name, feature in expected.items()}, rtol=0, atol=1e-5)
+
+    @pytest.mark.slow
+    @torch.no_grad()
+    def test_compiled_blocks_share_graphs(self):
+        torch.compiler.reset()
+        tower = tiny_model().model.vision_tower
+        graphs = CompileCounter()
+        tower.compile(fullgraph=True, backend=graphs)
+        for num_images, num_graphs in ((1, 5), (2, 10), (3, 10)):  # four stages and BART; then for any number
+            tower(torch.randn(num_images, 3, 64, 64))
+            assert graphs.frame_count == num_graphs
+
+    def test_compiled_keeps_the_names_of_weights(self):
+        tower = tiny_model().model.vision_tower
+        names = list(tower.state_dict())
+        tower.compile(backend="eager")
+        assert list(tower.state_dict()) == names
+
     def test_wrong_image_size_is_an_error(self):
         with pytest.raises(ValueError, match=r"\(1, 3, 96, 96\), expected \(num_images, 3, 64, 64\)"):
             tiny_model().get_image_features(torch.randn(1, 3, 96, 96))
@@ -328,6 +368,49 @@ class TestGenerate:
         inputs = tiny_inputs(model.config, [0, 0])
         expected = model.generate(**inputs, max_new_tokens=3)
         assert torch.equal(model.generate(**inputs, pixel_values=None, max_new_tokens=3), expected)
+
+    def test_equal_images_are_encoded_once(self):
+        model = tiny_model()
+        inputs = tiny_inputs(model.config, [2, 1, 2])
+        pixel_values = inputs.pop("pixel_values")[[0, 1, 0, 1, 2]]
+        # Features of each image by itself, encoded before.
+        features = [model.get_image_features(image[None]).pooler_output[0] for image in pixel_values]
+        settings = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
+        outputs = {"image": FlorenceVLImageFeaturesOutput(pooler_output=features)}
+        expected = model.generate(**inputs, mm_encoder_outputs=outputs, **settings)
+        calls = count_calls(model.model.vision_tower)
+        generated = model.generate(**inputs, pixel_values=pixel_values, **settings)
+        assert calls == [(3, 3, 64, 64)]
+        assert_close(generated.logits, expected.logits, rtol=0, atol=1e-5)
+
+    def test_images_with_nan_stay_apart(self):
+        model = tiny_model()
+        inputs = tiny_inputs(model.config, [1, 1])
+        inputs["pixel_values"][1, 0, 0, 0] = torch.nan
+        settings = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
+        (logits,) = model.generate(**inputs, **settings).logits
+        assert logits.isnan().any(dim=1).tolist() == [False, True]
+
+    def test_pixel_values_and_features_exclude_each_other(self):
+        model = tiny_model()
+        inputs = tiny_inputs(model.config, [1])
+        outputs = {"image": model.get_image_features(inputs["pixel_values"])}
+        with pytest.raises(ValueError, match="both pixel_values and mm_encoder_outputs"):
+            model.generate(**inputs, mm_encoder_outputs=outputs)
+
+    def test_mixed_batch_equals_single_samples(self):
+        model = tiny_model()
+        numbers = [0, 1, 2, 3] * 4
+        samples = [tiny_inputs(model.config, [number], 2 + 3 * i) for i, number in enumerate(numbers)]
+        settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+        expected = [model.generate(**sample, **settings)[0, -6:] for sample in samples]
+        length = max(sample["input_ids"].shape[1] for sample in samples)
+        batch = {
+            name: torch.cat([pad(sample[name], (length - sample[name].shape[1], 0)) for sample in samples])
+            for name in ("input_ids", "attention_mask")
+        }
+        batch["pixel_values"] = torch.cat([sample["pixel_values"] for sample in samples if "pixel_values" in sample])
+        assert torch.equal(model.generate(**batch, **settings)[:, -6:], torch.stack(expected))
 
     def test_cached_decoding_equals_full_forwards(self):
         model = tiny_model()

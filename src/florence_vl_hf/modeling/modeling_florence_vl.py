@@ -14,6 +14,7 @@ Fusion", CVPR 2025 (arXiv 2412.04424).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -125,8 +126,9 @@ class FlorenceVLVisionWindowAttention(nn.Module):
         num_images, height, width, dim = hidden_states.shape
         window = self.window_size
 
-        # Parity: the padding of the last windows is attended to, as in Florence-2.
-        hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, -width % window, 0, -height % window))
+        if height % window or width % window:  # padding by nothing would copy
+            # Parity: the padding of the last windows is attended to, as in Florence-2.
+            hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, -width % window, 0, -height % window))
         rows, columns = hidden_states.shape[1] // window, hidden_states.shape[2] // window
         hidden_states = hidden_states.view(num_images, rows, window, columns, window, dim).transpose(2, 3)
         hidden_states = hidden_states.reshape(-1, window * window, dim)  # (num_windows, window_area, dim)
@@ -163,10 +165,11 @@ class FlorenceVLVisionChannelAttention(nn.Module):
         qkv = self.qkv(hidden_states).view(num_images, num_positions, 3, self.num_groups, dim // self.num_groups)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (num_images, groups, num_positions, channels)
 
-        padding = (0, 0, 0, -num_positions % CHANNEL_ATTENTION_BLOCK)
-        query_blocks = nn.functional.pad(query, padding).unflatten(2, (-1, CHANNEL_ATTENTION_BLOCK))
-        key_blocks = nn.functional.pad(key, padding).unflatten(2, (-1, CHANNEL_ATTENTION_BLOCK))
-        scores = (query_blocks.transpose(-1, -2) @ key_blocks).sum(dim=2)  # (num_images, groups, channels, channels)
+        if num_padding := -num_positions % CHANNEL_ATTENTION_BLOCK:
+            query, key = (nn.functional.pad(states, (0, 0, 0, num_padding)) for states in (query, key))
+        query = query.unflatten(2, (-1, CHANNEL_ATTENTION_BLOCK))
+        key = key.unflatten(2, (-1, CHANNEL_ATTENTION_BLOCK))
+        scores = (query.transpose(-1, -2) @ key).sum(dim=2)  # (num_images, groups, channels, channels)
         attention_weights = (scores * num_positions**-0.5).softmax(dim=-1)
 
         hidden_states = value @ attention_weights.transpose(-1, -2)  # (num_images, groups, num_positions, channels)
@@ -370,6 +373,20 @@ class FlorenceVLVisionTower(Florence2PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.encoder.set_input_embeddings(value)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Compile the blocks of DaViT and BART's encoder, each by itself. Arguments are those of `torch.compile`.
+
+        Blocks of the same shapes share one graph, so that compiling takes much less time than for the whole tower.
+        """
+        if "recompile_limit" in signature(torch.compile).parameters:  # since PyTorch 2.13
+            # All blocks share one limit, 8 by default. There are ten graphs, of four DaViT stages and of the encoder:
+            # one for a single image, and one for any other number.
+            kwargs.setdefault("recompile_limit", 32)
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.compile(*args, **kwargs)
 
     @auto_docstring
     def forward(
@@ -695,11 +712,23 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         )
 
+    @torch.no_grad()
     def generate(self, *args: Any, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """As in Transformers; `pixel_values` may be `None`, which Transformers would encode."""
+        """As in Transformers; `pixel_values` may be `None`, and equal images of a batch are encoded once."""
         if pixel_values is not None:
-            kwargs["pixel_values"] = pixel_values
+            if kwargs.get("mm_encoder_outputs") is not None:
+                raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+            kwargs["mm_encoder_outputs"] = {"image": self._encode_distinct_images(pixel_values)}
         return super().generate(*args, **kwargs)
+
+    def _encode_distinct_images(self, pixel_values: torch.Tensor) -> FlorenceVLImageFeaturesOutput:
+        is_equal = torch.stack([(pixel_values == image).flatten(1).all(dim=1) for image in pixel_values])
+        is_equal.fill_diagonal_(True)  # an image with NaN is not equal to itself
+        first_equal = is_equal.int().argmax(dim=1).tolist()  # the index of the first image that equals each
+        distinct = sorted(set(first_equal))
+        output = self.get_image_features(pixel_values[distinct], return_dict=True)
+        features = dict(zip(distinct, output.pooler_output, strict=True))
+        return FlorenceVLImageFeaturesOutput(pooler_output=[features[i] for i in first_equal])
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]  # upstream's type of `self`
