@@ -68,6 +68,7 @@ build: $(VENV)/installed
 # Speed and memory at real sizes, as ratios to baselines. Takes hours on a CPU; benchmarks/README.md has shorter runs.
 bench: $(VENV)/installed
 	OMP_NUM_THREADS= $(VENV)/bin/python -m benchmarks --json benchmarks.json
+	$(VENV)/bin/python -m benchmarks.plot benchmarks.json benchmarks.svg
 
 # Train a tiny Florence-VL from scratch, and ask it about new images.
 quickstart: $(VENV)/installed
@@ -84,7 +85,7 @@ quickstart-output:
 
 clean:
 	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) build dist quickstart-output quickstart-question quickstart-lora
-	rm -f benchmarks.json
+	rm -f benchmarks.json benchmarks.svg
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt

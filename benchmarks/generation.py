@@ -47,7 +47,7 @@ def growth(setup: Setup) -> Iterator[Row]:
 
 
 def prefill(setup: Setup, name: str, conversations: list[list[dict[str, Any]]]) -> Iterator[Row]:
-    inputs = setup.inputs(setup.processor, conversations)
+    inputs = with_distinct_images(setup, setup.inputs(setup.processor, conversations))
     peer_inputs = setup.inputs(setup.peer_processor, conversations)
 
     def ours() -> torch.Tensor:
@@ -74,6 +74,11 @@ def prefill(setup: Setup, name: str, conversations: list[list[dict[str, Any]]]) 
         check_original=setup.check_equal,
         details={"flops": products.flops},
     )
+
+
+def with_distinct_images(setup: Setup, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Replace the images, which ours encodes once where they are equal."""
+    return {**inputs, "pixel_values": setup.pixel_values(len(inputs["pixel_values"]))}
 
 
 class Clock(StoppingCriteria):
@@ -185,20 +190,37 @@ def with_features(inputs: dict[str, Any], feature: torch.Tensor, batch_size: int
 
 
 def requests(setup: Setup) -> Iterator[Row]:
-    """Answer requests with one or two images and different texts, in one batch and one after another."""
-    num_requests = min(16, setup.max_batch)
-    num_tokens = 4 if setup.small else 16
-    conversations = [setup.messages(1 + i % 2, num_words=8 + 4 * i) for i in range(num_requests)]
-    batch = setup.inputs(setup.processor, conversations)
-    single = [setup.inputs(setup.processor, [conversation]) for conversation in conversations]
-    yield from compare(
-        f"{num_requests} requests in one batch",
-        lambda: setup.model.generate(**batch, **settings(num_tokens)),
-        {"one by one": lambda: [setup.model.generate(**inputs, **settings(num_tokens)) for inputs in single]},
-        setup.repeats,
-        "requests/s",
-        num_requests,
-    )
+    """Answer requests with 0 to 3 images and different texts, whose images are encoded before."""
+    num_requests, num_tokens = (2, 4) if setup.small else (16, 16)
+    conversations = [setup.messages(i % 4, num_words=8 + 4 * i) for i in range(num_requests)]
+    contenders = {"": (setup.model, setup.processor), "peer: ": (setup.peer, setup.peer_processor)}
+    for name, (model, processor) in contenders.items():
+        image_size = setup.config.image_size if model is setup.model else model.config.vision_config.image_size
+        with torch.no_grad():
+            output = model.get_image_features(setup.pixel_values(1, image_size), return_dict=True)
+        (feature,) = output.pooler_output
+
+        def prepared(
+            conversations: list[Any], processor: Any = processor, feature: torch.Tensor = feature
+        ) -> dict[str, Any]:
+            num_images = sum(item["type"] == "image" for (turn,) in conversations for item in turn["content"])
+            inputs = text_inputs(setup, processor, conversations)
+            return with_features(inputs, feature, num_images) if num_images else inputs
+
+        def answer(conversations: list[Any], model: PreTrainedModel = model, prepared: Any = prepared) -> torch.Tensor:
+            return model.generate(**prepared(conversations), **settings(num_tokens))[:, -num_tokens:]
+
+        def one_by_one(answer: Callable[[list[Any]], torch.Tensor] = answer) -> torch.Tensor:
+            return torch.cat([answer([conversation]) for conversation in conversations])
+
+        yield from compare(
+            f"{name}{num_requests} requests in one batch",
+            lambda answer=answer: answer(conversations),
+            {"one by one": one_by_one},
+            setup.repeats,
+            "requests/s",
+            num_requests,
+        )
 
 
 def second_turn(setup: Setup) -> Iterator[Row]:

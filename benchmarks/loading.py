@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     Florence2ForConditionalGeneration,
     LlavaForConditionalGeneration,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -28,7 +29,7 @@ from florence_vl_hf.conversion.checkpoint_files import LazyTensor, write_tensors
 from florence_vl_hf.conversion.key_mapping import to_original
 from florence_vl_hf.conversion.original_checkpoint import tensor_shapes
 
-from .measuring import Row, compare
+from .measuring import Row, compare, num_bytes
 from .models import Setup, causal_lm
 
 
@@ -39,7 +40,7 @@ LIMIT = "import torch; from transformers import GenerationMixin"
 
 
 def loading(setup: Setup) -> Iterator[Row]:
-    """Import the classes of a model, and load its weights."""
+    """Import the classes of a model, build its modules, and load its weights."""
 
     def importing(statement: str) -> Callable[[], None]:
         return lambda: subprocess.run([sys.executable, "-c", statement], check=True, capture_output=True) and None
@@ -51,11 +52,28 @@ def loading(setup: Setup) -> Iterator[Row]:
         setup.repeats,
         with_memory=False,
     )
+
+    def building(*models: PreTrainedModel) -> Callable[[], None]:
+        def build() -> None:
+            with torch.device("meta"):  # without the time to initialize weights
+                for model in models:
+                    type(model)(model.config)
+
+        return build
+
+    language_model = causal_lm(setup.model)
+    yield from compare(
+        "building without weights",
+        building(setup.model),
+        {"original": building(setup.original.florence, language_model), "peer": building(setup.peer)},
+        setup.repeats,
+        with_memory=False,
+    )
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         setup.model.save_pretrained(directory / "ours")
         setup.original.florence.save_pretrained(directory / "florence")
-        causal_lm(setup.model).save_pretrained(directory / "text")
+        language_model.save_pretrained(directory / "text")
         setup.peer.save_pretrained(directory / "peer")
 
         def ours() -> None:
@@ -72,7 +90,13 @@ def loading(setup: Setup) -> Iterator[Row]:
             files = sorted((directory / "ours").glob("*.safetensors"))
             return {name: tensor for file in files for name, tensor in load_file(file, str(setup.device)).items()}
 
-        yield from compare("from_pretrained", ours, {"original": original, "peer": peer, "limit": read}, setup.repeats)
+        yield from compare(
+            "from_pretrained",
+            ours,
+            {"original": original, "peer": peer, "limit": read},
+            setup.repeats,
+            details={"bytes": num_bytes(setup.model), "bytes of peer": num_bytes(setup.peer)},
+        )
 
 
 def conversion(setup: Setup) -> Iterator[Row]:
@@ -81,8 +105,8 @@ def conversion(setup: Setup) -> Iterator[Row]:
         source, target = Path(temporary) / "original", Path(temporary) / "target"
         # In a process of its own: a child's peak memory includes what its parent held when it was started.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            num_bytes = pool.submit(make_checkpoint, setup.config, source).result()
-        details: dict[str, float] = {"bytes": num_bytes, "peak memory": 0}
+            size = pool.submit(make_checkpoint, setup.config, source).result()
+        details: dict[str, float] = {"bytes": size, "peak memory": 0}
 
         def convert() -> None:
             command = [sys.executable, "-m", "florence_vl_hf", "convert", str(source), str(target)]

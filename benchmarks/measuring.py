@@ -248,3 +248,8 @@ def record_products(model: torch.nn.Module, work: Callable[[], Any]) -> Products
     with torch.no_grad(), Products(model) as products:
         work()
     return products
+
+
+def num_bytes(module: torch.nn.Module) -> int:
+    """Size of a module's parameters in bytes."""
+    return sum(parameter.nbytes for parameter in module.parameters())

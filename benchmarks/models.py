@@ -100,7 +100,7 @@ class Setup:
         repeats (`int`): Number of rounds of each measurement.
         device (`torch.device`): Where models compute.
         dtype (`torch.dtype`): Dtype of their weights.
-        max_batch (`int`): Larger batches are left out.
+        max_batch (`int`): Larger batches of images are left out.
     """
 
     text: str
@@ -192,11 +192,14 @@ class Setup:
     @cached_property
     def peer_processor(self) -> LlavaProcessor:
         clip = self.peer.config.vision_config
-        size = {"height": clip.image_size, "width": clip.image_size}
+        return self.make_peer_processor(clip.image_size, clip.patch_size)
+
+    def make_peer_processor(self, image_size: int, patch_size: int) -> LlavaProcessor:
+        size = {"height": image_size, "width": image_size}
         return LlavaProcessor(
-            CLIPImageProcessorPil(size={"shortest_edge": clip.image_size}, crop_size=size),
+            CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=size),
             copy.deepcopy(self.tokenizer),
-            patch_size=clip.patch_size,
+            patch_size=patch_size,
             vision_feature_select_strategy="default",
             chat_template=self.template,
             num_additional_image_tokens=1,
@@ -217,7 +220,7 @@ class Setup:
     def messages(self, num_images: int = 1, num_words: int = 12, answer: str | None = None) -> list[dict[str, Any]]:
         """Return a question about images, with or without an answer."""
         images = [{"type": "image", "image": self.image}] * num_images
-        question = {"type": "text", "text": " ".join(["image"] * num_words)}
+        question = {"type": "text", "text": " ".join(["word"] * num_words)}
         turns = [{"role": "user", "content": [*images, question]}]
         if answer is not None:
             turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
@@ -232,8 +235,9 @@ class Setup:
             return_dict=True,
             processor_kwargs={"padding": True, "return_tensors": "pt"},
         )
-        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        return {**inputs, "pixel_values": inputs["pixel_values"].to(self.dtype)}
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
+        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
 
 class Original:

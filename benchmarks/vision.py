@@ -2,17 +2,20 @@
 """The processor, and the encoding of images."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from math import isqrt
 from typing import Any
 
 import torch
 from PIL import Image
 from torch.testing import assert_close
-from transformers import CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil, LlavaProcessor
 
 from florence_vl_hf.conversion.original_config import PUBLIC_IMAGES
 from florence_vl_hf.training.collator import IGNORED_LABEL, FlorenceVLCollator
 
-from .measuring import Row, compare, record_products
+from .measuring import Row, compare, elapsed, num_bytes, record_products
 from .models import Setup
 
 
@@ -25,6 +28,8 @@ def processor(setup: Setup) -> Iterator[Row]:
     images = [setup.image] * num_images
     peer = setup.peer_processor.image_processor
     size = setup.config.image_size
+    # As many pixels and image tokens as ours.
+    peer_of_same_size = setup.make_peer_processor(size, size // isqrt(setup.config.num_image_tokens))
     square = {"height": size, "width": size}
     clip = CLIPImageProcessorPil(**{**PUBLIC_IMAGES, "size": square, "do_center_crop": False})
 
@@ -51,6 +56,7 @@ def processor(setup: Setup) -> Iterator[Row]:
         {
             "original": prepare_original,
             "peer": lambda: peer(images, return_tensors="pt"),
+            "peer, same size": lambda: peer_of_same_size.image_processor(images, return_tensors="pt"),
             "limit": resize,
         },
         setup.repeats,
@@ -70,8 +76,8 @@ def processor(setup: Setup) -> Iterator[Row]:
     ]
     samples = [{"messages": without_image, "images": [image]} for image in images]
 
-    def prepare_peer() -> dict[str, torch.Tensor]:
-        inputs = setup.peer_processor.apply_chat_template(
+    def prepare_peer(peer_processor: LlavaProcessor = setup.peer_processor) -> dict[str, torch.Tensor]:
+        inputs = peer_processor.apply_chat_template(
             [conversation] * num_images,
             tokenize=True,
             return_dict=True,
@@ -84,7 +90,7 @@ def processor(setup: Setup) -> Iterator[Row]:
     yield from compare(
         "processor: samples with template and labels",
         lambda: collator(samples),
-        {"peer": prepare_peer},
+        {"peer": prepare_peer, "peer, same size": lambda: prepare_peer(peer_of_same_size)},
         setup.repeats,
         "samples/s",
         num_images,
@@ -93,13 +99,19 @@ def processor(setup: Setup) -> Iterator[Row]:
 
 def vision(setup: Setup) -> Iterator[Row]:
     """Encode images: vision tower, fusion and projector."""
+    to_compile = replace(setup)  # the same weights, in another model
+    if setup.small:
+        options = {"backend": "aot_eager"}  # inductor takes as long as for large models
+    else:
+        options = {"mode": "reduce-overhead" if setup.device.type == "cuda" else "default"}
+    to_compile.model.model.vision_tower.compile(fullgraph=True, **options)
     for num_images in setup.batch_sizes(1, 8):
         pixel_values = setup.pixel_values(num_images)
         peer_pixel_values = setup.pixel_values(num_images, setup.peer.config.vision_config.image_size)
 
         @torch.no_grad()
-        def ours(pixel_values: torch.Tensor = pixel_values) -> torch.Tensor:
-            return torch.stack(setup.model.get_image_features(pixel_values, return_dict=True).pooler_output)
+        def ours(pixel_values: torch.Tensor = pixel_values, model: Any = setup.model) -> torch.Tensor:
+            return torch.stack(model.get_image_features(pixel_values, return_dict=True).pooler_output)
 
         @torch.no_grad()
         def peer(pixel_values: torch.Tensor = peer_pixel_values) -> Any:
@@ -127,7 +139,17 @@ def vision(setup: Setup) -> Iterator[Row]:
             details=details,
         )
 
-
-def num_bytes(module: torch.nn.Module) -> int:
-    """Size of a module's parameters in bytes."""
-    return sum(parameter.nbytes for parameter in module.parameters())
+        compiled = partial(ours, model=to_compile.model)
+        # With an empty cache, this compiles.
+        first_run = elapsed(compiled)
+        setup.check_equal(compiled(), ours())
+        yield from compare(
+            f"vision, compiled, batch {num_images}",
+            compiled,
+            {"eager": ours, "limit": products.replay()},
+            setup.repeats,
+            "images/s",
+            num_images,
+            with_memory=False,
+            details={"seconds of the first run": first_run},
+        )

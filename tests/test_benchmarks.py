@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from benchmarks.measuring import compare, own_seconds, peak_memory, record_products
 from benchmarks.models import Setup
+from benchmarks.plot import COLORS, plot
 
 
 ROOT = Path(__file__).parents[1]
@@ -22,8 +24,8 @@ ORIGINAL, PEER, LIMIT = "original", "peer", "limit"
 @pytest.mark.parametrize(
     ("part", "baselines"),
     [
-        ("processor", {ORIGINAL, PEER, LIMIT}),
-        ("vision", {ORIGINAL, PEER, LIMIT}),
+        ("processor", {ORIGINAL, PEER, "peer, same size", LIMIT}),
+        ("vision", {ORIGINAL, PEER, LIMIT, "eager"}),
         ("loading", {ORIGINAL, PEER, LIMIT}),
         ("conversion", {LIMIT}),
         ("first_token", {ORIGINAL, PEER, LIMIT}),
@@ -108,3 +110,12 @@ class TestMeasuring:
         products = record_products(nn.Identity(), lambda: nn.functional.scaled_dot_product_attention(query, key, key))
         assert products.flops == 2 * 2 * (2 * 4) * 6 * 5 * 8
         products.replay()()
+
+
+def test_picture_of_the_published_results(tmp_path):
+    results, published = ROOT / "benchmarks" / "results" / "cpu-float32.json", ROOT / "docs" / "benchmarks.svg"
+    plot(results, tmp_path / "picture.svg")
+    names = {row["name"] for row in json.loads(results.read_text())["rows"] if row["baseline"] in COLORS}
+    for picture in (tmp_path / "picture.svg", published):
+        texts = {element.text for element in ElementTree.parse(picture).iter("{http://www.w3.org/2000/svg}text")}
+        assert names <= texts

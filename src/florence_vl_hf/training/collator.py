@@ -112,12 +112,18 @@ class FlorenceVLCollator:
             name: pad_sequence([sample[name] for sample in encoded], batch_first=True, padding_value=value)
             for name, value in padding.items()
         }
-        if pixel_values := [sample["pixel_values"] for sample in encoded if "pixel_values" in sample]:
-            batch["pixel_values"] = torch.cat(pixel_values)
+        if images := [torch.as_tensor(image) for sample in encoded for image in sample.get("pixel_values", ())]:
+            batch["pixel_values"] = torch.stack(images)
         return batch
 
-    def encode(self, sample: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Encode one sample as a batch without its first dimension, or raise a `SampleError`."""
+    def encode(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """
+        Encode one sample, or raise a `SampleError`.
+
+        Returns:
+            `dict[str, Any]`: `input_ids`, `attention_mask` and `labels` of shape `(sequence_length,)`; with images,
+            `pixel_values`, one array of shape `(3, image_size, image_size)` per image.
+        """
         messages, images = read_sample(sample)
         messages = self.shorten(messages)
         opened = [open_image(image, self.max_image_side) for image in images]
@@ -152,25 +158,22 @@ class FlorenceVLCollator:
     def _longest_token(self) -> int:
         return max(map(len, self.processor.tokenizer.get_vocab()))
 
-    def tokenize(self, messages: list[dict[str, Any]], **images_kwargs: Any) -> dict[str, torch.Tensor]:
+    def tokenize(self, messages: list[dict[str, Any]], **images_kwargs: Any) -> dict[str, Any]:
         """Encode messages with their images, without truncation, and build labels."""
         encoded = self.processor.apply_chat_template(
             messages,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
-            # Token ids as lists: Transformers walks through them to build the mask, which is slow with tensors.
-            processor_kwargs={
-                "images_kwargs": {"return_tensors": "pt", **images_kwargs},
-                "text_kwargs": {"verbose": False},
-            },
+            # No tensors: Transformers walks through token ids to build the mask, and images are stacked per batch.
+            processor_kwargs={"images_kwargs": images_kwargs, "text_kwargs": {"verbose": False}},
         )
         input_ids, is_answer = torch.tensor([*encoded["input_ids"], *encoded["assistant_masks"]])
         labels = input_ids.masked_fill(is_answer == 0, IGNORED_LABEL)
         features = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
         return features | ({"pixel_values": encoded["pixel_values"]} if "pixel_values" in encoded else {})
 
-    def truncate(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def truncate(self, features: dict[str, Any]) -> dict[str, Any]:
         """Truncate an encoded sample to `max_length`, or raise a `SampleError` if that leaves nothing to learn."""
         if self.max_length is not None:
             if self.processor.image_token_id in features["input_ids"][self.max_length :]:
