@@ -38,6 +38,12 @@ def load_image(path_or_url: str) -> Image.Image:
         raise ValueError(f"{path_or_url} cannot be read as an image ({reason}); give another.") from error
 
 
+def require_chat_template(processor: FlorenceVLProcessor) -> None:
+    """Raise a `ValueError` if a processor has no chat template."""
+    if not processor.chat_template:
+        raise ValueError("The processor has no chat template; convert the model again with a `chat_template`.")
+
+
 class ChatSession:
     """
     Chat about images, with the history of all turns.
@@ -54,8 +60,7 @@ class ChatSession:
         processor: FlorenceVLProcessor,
         images: Iterable[Image.Image | str] = (),
     ) -> None:
-        if not processor.chat_template:
-            raise ValueError("The processor has no chat template; convert the model again with a `chat_template`.")
+        require_chat_template(processor)
         self.model, self.processor = model, processor
         self.reset()
         for image in images:
