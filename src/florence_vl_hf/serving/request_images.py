@@ -16,6 +16,7 @@ from .chat import DOWNLOAD_TIMEOUT
 
 MAX_URL_LENGTH = 200  # in characters, in messages
 MAX_REDIRECTS = 5
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class PublicTransport(httpx.HTTPTransport):
@@ -41,7 +42,10 @@ class PublicTransport(httpx.HTTPTransport):
 def is_public(address: str) -> bool:
     """Whether an IP address is neither private, loopback, link-local, multicast nor reserved."""
     parsed = ipaddress.ip_address(address)
-    parsed = getattr(parsed, "ipv4_mapped", None) or parsed
+    if isinstance(parsed, ipaddress.IPv6Address):
+        # An IPv4 address within it is what is connected to.
+        nat64 = ipaddress.IPv4Address(int(parsed) % 2**32) if parsed in NAT64 else None
+        parsed = nat64 or parsed.ipv4_mapped or parsed.sixtofour or parsed
     return parsed.is_global and not parsed.is_multicast
 
 
@@ -69,7 +73,7 @@ def load_request_image(url: str, max_bytes: int, allow_private_urls: bool = Fals
     except Exception as error:  # Pillow's decoders and the HTTP client raise many types
         name = url.partition(",")[0] if url.startswith("data:") else url
         reason = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        message = f"Cannot read the image {name[:MAX_URL_LENGTH]} ({' '.join(reason.split())}); send another."
+        message = f"Cannot read the image {name[:MAX_URL_LENGTH]!r} ({' '.join(reason.split())}); send another."
         raise ValueError(message) from error
 
 

@@ -10,8 +10,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from jinja2 import TemplateError
 from PIL import Image
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as ASGIMessage
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -21,7 +22,7 @@ from transformers.cli.serving.utils import GenerationState, Modality
 
 from ..modeling import FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
-from .chat import require_chat_template
+from .chat import require_chat_template, to_utf8
 from .request_images import load_request_image
 
 
@@ -36,7 +37,7 @@ MAX_CHARACTERS_PER_TOKEN = 128
 
 class TextPart(BaseModel):
     type: Literal["text"]
-    text: str
+    text: Annotated[str, AfterValidator(to_utf8)]
 
 
 class ImageURL(BaseModel):
@@ -119,8 +120,11 @@ class CheckedChatHandler(ChatCompletionHandler):
 
     def _check(self, body: dict[str, Any]) -> dict[str, Any]:
         """Return a request that can be answered, with images in its messages and a limit of tokens."""
-        ignored = self._unused_fields - ChatRequest.model_fields.keys()
-        request = ChatRequest.model_validate({name: value for name, value in body.items() if name not in ignored})
+        ignored = {name: body[name] for name in self._unused_fields & body.keys() - ChatRequest.model_fields.keys()}
+        try:
+            request = ChatRequest.model_validate({name: body[name] for name in body.keys() - ignored.keys()})
+        except ValidationError as error:
+            raise RequestValidationError(error.errors()) from error
         if request.model != self.served.name:
             raise HTTPException(404, f"Got the model {request.model!r}; this server has {self.served.name!r} only.")
         messages = [message.model_dump() for message in request.messages]
@@ -141,7 +145,7 @@ class CheckedChatHandler(ChatCompletionHandler):
             raise HTTPException(400, str(error)) from error
         max_tokens = request.max_completion_tokens or request.max_tokens or DEFAULT_MAX_TOKENS
         settings = request.model_dump(exclude_none=True, exclude={"max_completion_tokens"})
-        return {**settings, "messages": messages, "max_tokens": min(max_tokens, remaining)}
+        return {**ignored, **settings, "messages": messages, "max_tokens": min(max_tokens, remaining)}
 
     def _remaining_context(self, messages: list[dict[str, Any]], num_images: int) -> int:
         """Return the number of tokens that an answer can have, before any image is loaded."""
@@ -189,11 +193,11 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     status, message = 500, "The server failed; its log says why."
     if isinstance(error, StarletteHTTPException):
         status, message = error.status_code, error.detail
-    elif isinstance(error, RequestValidationError | ValidationError):
+    elif isinstance(error, RequestValidationError):
         first = error.errors()[0]
         status, message = 400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
+    return JSONResponse({"error": {"message": to_utf8(message), "type": kind, "param": None, "code": None}}, status)
 
 
 def build_app(
@@ -216,11 +220,13 @@ def build_app(
     served = ServedModel(name, model.eval(), processor)
     handler = CheckedChatHandler(served, max_body_bytes, allow_private_urls)
     # Which other handlers there are depends on the release of Transformers; their routes are removed.
-    handlers: dict[str, Any] = {name: None for name in inspect.signature(build_server).parameters if name.endswith("_handler")}
-    handlers |= {"chat_handler": handler, "generation_state": handler.generation_state}
-    app = build_server(served, **handlers)
+    parameters = inspect.signature(build_server).parameters
+    handlers: dict[str, Any] = {parameter: None for parameter in parameters if parameter.endswith("_handler")}
+    handlers["chat_handler"] = handler
+    app = build_server(served, **handlers, generation_state=handler.generation_state)
     app.router.routes = [route for route in app.routes if getattr(route, "path", None) in ROUTES]
-    app.add_middleware(_BodyLimit, max_bytes=max_body_bytes)
-    for kind in (StarletteHTTPException, RequestValidationError, ValidationError, Exception):
+    # The innermost, so that its error reaches the handler below.
+    app.user_middleware.append(Middleware(_BodyLimit, max_bytes=max_body_bytes))
+    for kind in (StarletteHTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _answer_error)
     return app
