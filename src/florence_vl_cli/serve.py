@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from .options import Device, Dtype, Model
+from .options import Device, Model
 
 
 def serve(
@@ -16,7 +16,6 @@ def serve(
     host: Annotated[str, Option(help="Address to listen on. By default, of this machine only.")] = "127.0.0.1",
     port: Annotated[int, Option(help="Port to listen on; 0 for any that is free.", min=0, max=65535)] = 8000,
     device: Device = "auto",
-    dtype: Dtype = None,
     max_request_size: Annotated[
         int, Option(help="Maximum size of a request, and of each image that it names, in MB.", min=1)
     ] = 64,
@@ -36,7 +35,7 @@ def serve(
 
     # Before the model, which takes long to load. Requests wait for it.
     with _listen(host, port) as listener:
-        network, processor = load_pretrained(model, dtype=dtype or "auto", device_map=device)
+        network, processor = load_pretrained(model, dtype="auto", device_map=device)
         app = build_app(model, network, processor, max_request_size * 10**6, allow_private_urls)
         address = f"[{host}]" if ":" in host else host
         typer.echo(f"Serving {model} at http://{address}:{listener.getsockname()[1]}/v1. Ctrl-C stops.")

@@ -197,7 +197,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
         first = error.errors()[0]
         status, message = 400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": to_utf8(message), "type": kind, "param": None, "code": None}}, status)
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
 
 
 def build_app(
