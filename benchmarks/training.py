@@ -30,50 +30,50 @@ RUNS = (
 
 def training(setup: Setup) -> Iterator[Row]:
     """Run training steps: forward, backward and AdamW."""
-    batch_size = min(2, setup.max_batch)
     for name, stage, with_lora in RUNS:
-        # Contenders share the language model, and each run starts with new weights.
-        fresh = replace(setup)
-        model, peer = fresh.model, fresh.peer
-        model.train()
-        set_trainable(model, stage)
-        peer.train()
-        peer.model.vision_tower.requires_grad_(stage == "pretrain")
-        trained: nn.Module = model
-        if with_lora:
-            trained = get_peft_model(model, lora_config(model, rank=LORA_RANK, train_projector=True))
-            trained.train()
-        batch = make_batch(fresh, fresh.config.num_image_tokens, fresh.config.image_size, batch_size)
-        clip = peer.config.vision_config
-        num_peer_tokens = (clip.image_size // clip.patch_size) ** 2
-        peer_batch = make_batch(fresh, num_peer_tokens, clip.image_size, batch_size)
+        # With new weights. Those of the last run are free by now.
+        yield from steps(replace(setup), name, stage, with_lora)
 
-        def loss(trained: nn.Module = trained, batch: dict[str, torch.Tensor] = batch) -> torch.Tensor:
-            return trained(**batch, **learned_positions(batch["labels"])).loss
 
-        def loss_of_original(fresh: Setup = fresh, batch: dict[str, torch.Tensor] = batch) -> torch.Tensor:
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            logits = fresh.original.logits(**inputs)[:, :-1]
-            return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+def steps(setup: Setup, name: str, stage: str, with_lora: bool) -> Iterator[Row]:
+    batch_size = min(2, setup.max_batch)
+    # Contenders share the language model.
+    model, peer = setup.model, setup.peer
+    model.train()
+    set_trainable(model, stage)
+    peer.train()
+    peer.model.vision_tower.requires_grad_(stage == "pretrain")
+    trained: nn.Module = model
+    if with_lora:
+        trained = get_peft_model(model, lora_config(model, rank=LORA_RANK, train_projector=True))
+        trained.train()
+    batch = make_batch(setup, setup.config.num_image_tokens, setup.config.image_size, batch_size)
+    clip = peer.config.vision_config
+    peer_batch = make_batch(setup, (clip.image_size // clip.patch_size) ** 2, clip.image_size, batch_size)
 
-        def loss_of_peer(peer: nn.Module = peer, batch: dict[str, torch.Tensor] = peer_batch) -> torch.Tensor:
-            return peer(**batch).loss
+    def loss() -> torch.Tensor:
+        return trained(**batch, **learned_positions(batch["labels"])).loss
 
-        baselines = {"peer": training_step(peer, loss_of_peer)}
-        if stage != "pretrain":  # the original's tower generates, without gradients
-            with torch.no_grad():
-                model.eval()
-                fresh.check_equal(loss(), loss_of_original())
-                model.train()
-            baselines["original"] = training_step(model, loss_of_original)
-        yield from compare(
-            f"training step, {name}, batch {batch_size}",
-            training_step(model, loss),
-            baselines,
-            setup.repeats,
-            "samples/s",
-            batch_size,
-        )
+    def loss_of_original() -> torch.Tensor:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        logits = setup.original.logits(**inputs)[:, :-1]
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+    baselines = {"peer": training_step(peer, lambda: peer(**peer_batch).loss)}
+    if stage != "pretrain":  # the original's tower generates, without gradients
+        with torch.no_grad():
+            model.eval()
+            setup.check_equal(loss(), loss_of_original())
+            model.train()
+        baselines["original"] = training_step(model, loss_of_original)
+    yield from compare(
+        f"training step, {name}, batch {batch_size}",
+        training_step(model, loss),
+        baselines,
+        setup.repeats,
+        "samples/s",
+        batch_size,
+    )
 
 
 def make_batch(setup: Setup, num_image_tokens: int, image_size: int, batch_size: int) -> dict[str, Any]:

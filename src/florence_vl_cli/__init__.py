@@ -11,11 +11,12 @@ from typer import Option
 from .chat import chat
 from .convert import assemble, convert, export, verify
 from .hub import push
+from .serve import serve
 from .train import check_data, merge, train
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (convert, export, assemble, verify, check_data, train, merge, chat, push):
+for command in (convert, export, assemble, verify, check_data, train, merge, chat, serve, push):
     app.command()(command)
 
 # In characters. Of a longer message, the beginning and the end are printed.

@@ -22,6 +22,7 @@ COMMANDS = [
     "export",
     "merge",
     "push",
+    "serve",
     "train",
     "verify",
 ]

@@ -222,7 +222,9 @@ class TestVisionTower:
         tower.compile(fullgraph=True)
         for num_images in (1, 3):
             features = tower(images[:num_images]).features
-            assert_close(features, {name: feature[:num_images] for name, feature in expected.items()}, rtol=0, atol=1e-5)
+            assert_close(
+                features, {name: feature[:num_images] for name, feature in expected.items()}, rtol=0, atol=1e-5
+            )
 
     @pytest.mark.slow
     @torch.no_grad()

@@ -38,6 +38,17 @@ def load_image(path_or_url: str) -> Image.Image:
         raise ValueError(f"{path_or_url} cannot be read as an image ({reason}); give another.") from error
 
 
+def to_utf8(text: str) -> str:
+    """Replace lone surrogates, which UTF-8, and so the tokenizer, has not."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def require_chat_template(processor: FlorenceVLProcessor) -> None:
+    """Raise a `ValueError` if a processor has no chat template."""
+    if not processor.chat_template:
+        raise ValueError("The processor has no chat template; convert the model again with a `chat_template`.")
+
+
 class ChatSession:
     """
     Chat about images, with the history of all turns.
@@ -54,8 +65,7 @@ class ChatSession:
         processor: FlorenceVLProcessor,
         images: Iterable[Image.Image | str] = (),
     ) -> None:
-        if not processor.chat_template:
-            raise ValueError("The processor has no chat template; convert the model again with a `chat_template`.")
+        require_chat_template(processor)
         self.model, self.processor = model, processor
         self.reset()
         for image in images:
@@ -102,9 +112,8 @@ class ChatSession:
         """
         if (image_token := self.processor.image_token) in question:
             raise ValueError(f"{image_token} stands for an image and cannot be part of a question; add the image.")
-        # UTF-8, and so the tokenizer, has no lone surrogates.
-        text = question.encode("utf-8", errors="replace").decode("utf-8")
-        content = [*({"type": "image", "image": image} for image in self.new_images), {"type": "text", "text": text}]
+        text = {"type": "text", "text": to_utf8(question)}
+        content = [*({"type": "image", "image": image} for image in self.new_images), text]
         messages = [*self.messages, {"role": "user", "content": content}]
         inputs = self.processor.apply_chat_template(
             messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"

@@ -10,16 +10,13 @@ from io import BytesIO
 from typing import Any, NamedTuple
 
 from PIL import Image
-from transformers.image_utils import load_image
 
 from ..conversion.original_processor import LLAVA_ROLES
 from ..processing import IMAGE_TOKEN
+from ..processing.images import MAX_IMAGE_SIDE, read_pixels
 
 
 ROLES = tuple(LLAVA_ROLES.values())
-# The longest side of an image, in pixels: far longer than of any in real data. Its square is built where images are
-# padded, which costs memory and time even if the file has a few hundred bytes.
-MAX_IMAGE_SIDE = 12_000
 # In characters, in messages.
 MAX_ID_LENGTH = 200
 MAX_REASON_LENGTH = 1000
@@ -157,9 +154,7 @@ def sample_id(raw: Any) -> str | None:
 
 def open_image(image: Any, max_side: int = MAX_IMAGE_SIDE) -> Image.Image:
     """
-    Read an image completely, rotated upright and in RGB as the processor reads a path, and close its file.
-
-    Transparency is dropped, as in the original: of an image that has it, the processor's pixels differ by release.
+    Read an image with `read_pixels`, and close its file.
 
     Raises:
         SampleError: If there is no such file, it is not an image, or a side has more than `max_side` pixels.
@@ -172,22 +167,13 @@ def open_image(image: Any, max_side: int = MAX_IMAGE_SIDE) -> Image.Image:
         raise SampleError(f"There is no image {name}; add it, or set the image folder.", Problem.MISSING_IMAGE)
     try:
         if isinstance(image, Image.Image):
-            return _read_pixels(image, max_side)
+            return read_pixels(image, max_side)
         with Image.open(image if content is None else BytesIO(content)) as opened:
-            return _read_pixels(opened, max_side)
+            return read_pixels(opened, max_side)
     except Exception as error:
         # Pillow's decoders raise many types for damaged files, and for what may be a decompression bomb.
         reason = f"Cannot read the image {name} ({' '.join(str(error).split())}); replace it, or remove the sample."
         raise SampleError(reason, Problem.BROKEN_IMAGE) from error
-
-
-def _read_pixels(image: Image.Image, max_side: int) -> Image.Image:
-    # Up to here, Pillow has read only the header.
-    if max(image.size) > max_side:
-        raise ValueError(f"it has {image.width} x {image.height} pixels, more than `max_image_side: {max_side}`")
-    if image.format == "EPS":
-        raise ValueError("an EPS file is a program")
-    return load_image(image)
 
 
 def to_utf8(text: str) -> str:
