@@ -1,9 +1,12 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Answers: time to the first token, decoding, many requests, later turns, and how cost grows with the input."""
 
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedModel, Stopp
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from florence_vl_hf.modeling.transformers_compat import CACHE
+from florence_vl_hf.processing import IMAGE_TOKEN
 from florence_vl_hf.serving import ChatSession
 
 from .measuring import Row, compare, elapsed, own_seconds, record_products, synchronize
@@ -191,14 +195,44 @@ def requests(setup: Setup) -> Iterator[Row]:
     conversations = [setup.messages(1 + i % 2, num_words=8 + 4 * i) for i in range(num_requests)]
     batch = setup.inputs(setup.processor, conversations)
     single = [setup.inputs(setup.processor, [conversation]) for conversation in conversations]
-    yield from compare(
-        f"{num_requests} requests in one batch",
-        lambda: setup.model.generate(**batch, **settings(num_tokens)),
-        {"one by one": lambda: [setup.model.generate(**inputs, **settings(num_tokens)) for inputs in single]},
-        setup.repeats,
-        "requests/s",
-        num_requests,
-    )
+    name = f"{num_requests} requests in one batch"
+
+    def ours() -> torch.Tensor:
+        return setup.model.generate(**batch, **settings(num_tokens))
+
+    one_by_one = {
+        "one by one": lambda: [setup.model.generate(**inputs, **settings(num_tokens)) for inputs in single],
+    }
+    yield from compare(name, ours, one_by_one, setup.repeats, "requests/s", num_requests)
+    if find_spec("vllm"):
+        work = vllm(setup, conversations, num_tokens)
+        yield from compare(name, ours, {"vllm": work}, setup.repeats, "requests/s", num_requests, with_memory=False)
+
+
+def vllm(setup: Setup, conversations: list[list[dict[str, Any]]], num_tokens: int) -> Callable[[], None]:
+    """Load the model in vLLM, and return a function that prepares and answers the conversations with empty caches."""
+    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # PyTorch has started threads, which a fork lacks
+    from vllm import LLM, SamplingParams
+
+    options = {"model_impl": "transformers", "trust_remote_code": True, "limit_mm_per_prompt": {"image": 2}}
+    options["enforce_eager"] = setup.device.type == "cpu"  # where compiling takes longer than the requests
+    with tempfile.TemporaryDirectory() as directory:
+        setup.model.save_pretrained(directory)
+        setup.processor.save_pretrained(directory)
+        llm = LLM(directory, dtype=setup.dtype, max_model_len=2048, kv_cache_memory_bytes=2**31, **options)
+    prompts = [
+        {"prompt": text, "multi_modal_data": {"image": [setup.image] * text.count(IMAGE_TOKEN)}}
+        for text in setup.processor.apply_chat_template(conversations, add_generation_prompt=True)
+    ]
+    sampling = SamplingParams(temperature=0, max_tokens=num_tokens, min_tokens=num_tokens, ignore_eos=True)
+
+    def work() -> None:
+        llm.reset_prefix_cache()
+        llm.reset_mm_cache()
+        llm.llm_engine.reset_encoder_cache()
+        llm.generate(prompts, sampling, use_tqdm=False, tokenization_kwargs={"add_special_tokens": False})
+
+    return work
 
 
 def second_turn(setup: Setup) -> Iterator[Row]:
