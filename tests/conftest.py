@@ -23,6 +23,9 @@ from florence_vl_hf.conversion import convert
 FIXTURES = Path(__file__).parent / "fixtures"
 IMAGE_PLACEHOLDER = -200
 
+# Tests of `make test-vllm`, which has an environment of its own.
+collect_ignore = ["vllm"]
+
 
 @dataclass(frozen=True)
 class Golden:
