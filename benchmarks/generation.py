@@ -238,7 +238,7 @@ def requests(setup: Setup) -> Iterator[Row]:
 
 
 def vllm(setup: Setup, conversations: list[list[dict[str, Any]]], num_tokens: int) -> Callable[[], None]:
-    """Load the model in vLLM, and return a function that prepares and answers the conversations whose images it keeps."""
+    """Load the model in vLLM, which keeps encoded images, and return a function that answers the conversations."""
     os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # PyTorch has started threads, which a fork lacks
     from vllm import LLM, SamplingParams
 
