@@ -39,6 +39,26 @@ Settings = Annotated[
     list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a setting of the recipe. Can be repeated.")
 ]
 Device = Annotated[str, Option(help="Device of the model, such as cpu, cuda or auto.")]
+Samples = Annotated[
+    str,
+    Argument(
+        metavar="FILE",
+        help="Conversations: a .json, .jsonl or .parquet file, a directory of `datasets`, or a Hub id. The last answer of "
+        "each, or its list `answers`, is the reference.",
+    ),
+]
+ServedModel = Annotated[
+    str, Argument(help="Directory or Hub id of a converted, trained or original model; with --server, its name there.")
+]
+Question = Annotated[str | None, Option(help="Ask this about each image of FILE, which is a directory then.")]
+ImageFolder = Annotated[Path | None, Option(help="Directory of relative image paths; by default, FILE's.")]
+Split = Annotated[str, Option(help="Split of a dataset that has several.")]
+Server = Annotated[
+    str | None,
+    Option(metavar="URL", help="Send the samples to a server with OpenAI's API, such as http://localhost:8000/v1."),
+]
+MaxNewTokens = Annotated[int, Option(help="Maximum number of tokens of an answer.", min=1)]
+BatchSize = Annotated[int, Option(help="Number of samples per batch, or of requests at the same time.", min=1)]
 
 
 def torch_dtype(name: str | None) -> "torch.dtype | None":
