@@ -43,8 +43,8 @@ Samples = Annotated[
     str,
     Argument(
         metavar="FILE",
-        help="Conversations: a .json, .jsonl or .parquet file, a directory of `datasets`, or a Hub id. The last answer of "
-        "each, or its list `answers`, is the reference.",
+        help="Conversations: a .json, .jsonl or .parquet file, a directory of `datasets`, or a Hub id. The last "
+        "answer, or the list `answers`, is the reference.",
     ),
 ]
 ServedModel = Annotated[

@@ -33,7 +33,8 @@ LENGTHS = (0, 1, 1, 1, 2, 3, 8)
 WORDS = [
     *VQA_NUMBERS, *VQA_CONTRACTIONS, *(word.replace("'", "", 1) for word in VQA_CONTRACTIONS),
     "none", "a", "an", "the", "The", "A", "Straße", "İstanbul", "ﬁn", "café", "somebody'd", "red", "cat", "RED",
-    "dogs", "1,000", "1000", "3.5", "3.6", "-2", "5%", "0.05", "0", "1e3", "nan", "inf", "12,34", "U.S.A.", "...", "." * 40,
+    "dogs", "1,000", "1000", "3.5", "3.6", "-2", "5%", "0.05", "0", "1e3", "nan", "inf", "12,34", "U.S.A.",
+    "...", "." * 40,
     *CHOICE_WORDS,
     *" \t\n;/[]\"{}()=+\\_-><@`,?!'.:%",
 ]  # fmt: skip

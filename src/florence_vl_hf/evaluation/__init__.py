@@ -4,9 +4,8 @@
 from importlib.util import find_spec
 
 
-for _name in ("datasets", "openai", "rapidfuzz"):
-    if find_spec(_name) is None:
-        raise ModuleNotFoundError(f"Evaluation requires {_name}; run `pip install 'florence_vl_hf[evaluation]'`.")
+if find_spec("datasets") is None or find_spec("openai") is None or find_spec("rapidfuzz") is None:
+    raise ModuleNotFoundError("Evaluation requires other packages; run `pip install 'florence_vl_hf[evaluation]'`.")
 
 from .evaluate import evaluate, format_scores
 from .metrics import METRICS, score

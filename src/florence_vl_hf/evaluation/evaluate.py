@@ -9,15 +9,14 @@ from typing import Any
 import datasets
 from accelerate import PartialState
 
-from ..modeling import FlorenceVLForConditionalGeneration
 from .metrics import score
-from .prediction import describe, incomplete_file, predict
+from .prediction import describe, predict, write_file
 from .report import write_report
 
 
 def evaluate(
     samples: datasets.Dataset,
-    model: str | Path | FlorenceVLForConditionalGeneration,
+    model: str | Path,
     output: str | Path,
     metrics: Iterable[str] = ("exact_match",),
     **kwargs: Any,
@@ -29,7 +28,7 @@ def evaluate(
 
     Args:
         samples (`datasets.Dataset`): Samples of `load_questions`.
-        model (`str`, `Path` or `FlorenceVLForConditionalGeneration`): As in `predict`.
+        model (`str` or `Path`): As in `predict`.
         output (`str` or `Path`): The output directory.
         metrics (iterable of `str`, *optional*): As in `score`.
         kwargs: Other arguments of `predict`.
@@ -45,10 +44,8 @@ def evaluate(
     answers = predict(samples, model, output / "answers.jsonl", **kwargs)
     scores = score(answers, metrics)
     if PartialState().is_main_process:
-        with incomplete_file(output / "scores.json") as temporary:
-            temporary.write_text(json.dumps(scores, indent=2, ensure_ascii=False), encoding="utf-8")
-        name = model if isinstance(model, str | Path) else model.name_or_path
-        write_report(output / "report.html", samples, answers, scores, f"Answers of {name}")
+        write_file(output / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False))
+        write_report(output / "report.html", samples, answers, scores, f"Answers of {model}")
     return scores
 
 

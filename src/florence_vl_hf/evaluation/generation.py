@@ -1,7 +1,6 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Answers of a model on this machine, in batches of samples of similar length."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +15,10 @@ from ..processing import FlorenceVLProcessor
 from ..serving import DECODING
 from ..training.samples import Problem, SampleError
 from .questions import open_question
+
+
+# With the defaults of settings of sampling: generation warns about others.
+GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "max_length": None}
 
 
 def generate_answers(
@@ -38,10 +41,6 @@ def generate_answers(
     """
     if not processor.chat_template:
         raise ValueError("The processor has no chat template; convert the model again with a `chat_template`.")
-    generation_config = copy.deepcopy(model.generation_config)
-    generation_config.update(max_new_tokens=max_new_tokens, max_length=None)
-    # Generation warns about settings of sampling that it does not use.
-    generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     max_length = model.config.text_config.max_position_embeddings
     for start in range(0, len(indices), batch_size):
         encoded: dict[int, dict[str, torch.Tensor]] = {}
@@ -52,7 +51,7 @@ def generate_answers(
                 yield index, error
         if encoded:
             inputs = _pad(list(encoded.values()), processor).to(model.device)
-            output_ids = model.generate(**inputs, generation_config=generation_config)
+            output_ids = model.generate(**inputs, **GREEDY, max_new_tokens=max_new_tokens)
             for index, answer_ids in zip(encoded, output_ids[:, inputs["input_ids"].shape[1] :], strict=True):
                 yield index, processor.decode(answer_ids, **DECODING).strip()
 

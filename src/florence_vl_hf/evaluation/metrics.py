@@ -157,8 +157,8 @@ def score(answers: list[dict[str, Any]], metrics: Iterable[str] = ("exact_match"
         metrics (iterable of `str`, *optional*): Names in `METRICS`.
 
     Returns:
-        `dict`: `num_samples`, `num_errors`, `num_scored`; `metrics`, which has for each metric its mean as `score`, and
-        the 95 % `confidence_interval` of a bootstrap; `samples`, which has for each sample its `id` and scores.
+        `dict`: `num_samples`, `num_errors`, `num_scored`; `metrics`, with the mean of each metric as `score`, and the
+        95 % `confidence_interval` of a bootstrap; `samples`, with the `id` and the scores of each sample.
 
     Raises:
         ValueError: If a metric cannot be computed, or no answer has references.

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,12 +19,11 @@ from tqdm import tqdm
 
 from ..conversion import load_pretrained
 from ..conversion.checkpoint_files import CHECKPOINT_FILES, locked, read_json
-from ..modeling import FlorenceVLForConditionalGeneration
-from ..processing import FlorenceVLProcessor
 from ..training.data_loading import EVALUATION_FEATURES
 from ..training.samples import SampleError
 from .generation import generate_answers
 from .questions import message_text, read_question
+from .server import request_answers
 
 
 # The first process to finish waits for the others.
@@ -33,10 +32,9 @@ MAX_WAITING_TIME = timedelta(days=7)
 
 def predict(
     samples: datasets.Dataset,
-    model: str | Path | FlorenceVLForConditionalGeneration,
+    model: str | Path,
     output: str | Path,
     *,
-    processor: FlorenceVLProcessor | None = None,
     server: str | None = None,
     max_new_tokens: int = 512,
     batch_size: int = 8,
@@ -51,10 +49,8 @@ def predict(
 
     Args:
         samples (`datasets.Dataset`): Samples of `load_questions`.
-        model (`str`, `Path` or `FlorenceVLForConditionalGeneration`): Directory or Hub id of a model of any layout,
-            the server's name of its model, or a model.
+        model (`str` or `Path`): Directory or Hub id of a model of any layout, or the server's name of its model.
         output (`str` or `Path`): A `.jsonl` file, which appears when it is complete.
-        processor (`FlorenceVLProcessor`, *optional*): Required if `model` is a model.
         server (`str`, *optional*): URL of a server with OpenAI's API that answers instead.
         max_new_tokens (`int`, *optional*, defaults to 512): Maximum number of tokens of an answer.
         batch_size (`int`, *optional*, defaults to 8): Number of samples per batch, or of requests at the same time.
@@ -72,9 +68,13 @@ def predict(
     """
     output = Path(output)
     # Without a dataset's own images, which are large.
-    texts = samples.select_columns([name for name, kind in EVALUATION_FEATURES.items() if _has(samples, name, kind)])
+    names = [name for name, kind in EVALUATION_FEATURES.items() if samples.features.get(name) == kind]
+    texts = samples.select_columns(names)
+    model_files = [file for pattern in CHECKPOINT_FILES for file in Path(model).glob(pattern) if server is None]
     settings = {
-        **_describe_model(model, server),
+        "model": str(model),
+        # In nanoseconds. A directory may hold another model later.
+        "model_modified": max((file.stat().st_mtime_ns for file in model_files), default=None),
         "dtype": None if dtype is None else str(dtype),
         "max_new_tokens": max_new_tokens,
         "num_samples": len(samples),
@@ -83,27 +83,23 @@ def predict(
 
     def answer(indices: list[int]) -> Iterator[tuple[int, str | SampleError]]:
         if server is not None:
-            from .server import request_answers
-
             return request_answers(samples, indices, server, str(model), max_new_tokens, batch_size)
-        network, its_processor = model, processor
-        if isinstance(network, str | Path):
-            device_map = device if state.num_processes == 1 else state.device
-            network, its_processor = load_pretrained(network, dtype=dtype or "auto", device_map=device_map)
-        if its_processor is None:
-            raise ValueError("The model has no processor; give its `processor`.")
-        return generate_answers(samples, indices, network.eval(), its_processor, max_new_tokens, batch_size)
+        device_map = device if state.num_processes == 1 else state.device
+        loaded, processor = load_pretrained(model, dtype=dtype or "auto", device_map=device_map)
+        return generate_answers(samples, indices, loaded.eval(), processor, max_new_tokens, batch_size)
 
     state = PartialState(timeout=MAX_WAITING_TIME)
     with locked(output) if state.is_main_process else nullcontext():
-        if not _is_complete(output, settings):
-            known = _read_partial(output)
+        answered = {index for index, result in _read_partial(output).items() if "answer" in result}
+        if answered or output.exists():
+            _check_settings(output, settings)
+        if not output.exists():
             state.wait_for_everyone()  # before any of them writes
             # The longest first: a batch that exceeds the memory fails at once.
             order = np.argsort(samples["length"], kind="stable")[::-1].tolist()
-            remaining = [index for index in order if "answer" not in known.get(index, {})]
+            remaining = [index for index in order if index not in answered]
             if state.is_main_process:
-                _write(_settings_file(output), json.dumps(settings, indent=2))
+                write_file(_settings_file(output), json.dumps(settings, indent=2))
             if share := remaining[state.process_index :: state.num_processes]:
                 progress = tqdm(total=len(share), desc="Answers", disable=not state.is_main_process)
                 with progress, _open_partial(output, state.process_index) as file:
@@ -115,45 +111,24 @@ def predict(
             if state.is_main_process:
                 known = _read_partial(output)
                 lines = (_to_line(describe(sample) | known[index]) for index, sample in enumerate(texts))
-                _write(output, "".join(lines))
+                write_file(output, "".join(lines))
                 for path in _partial_files(output):
                     path.unlink()
             state.wait_for_everyone()
     return [json.loads(line) for line in output.read_bytes().splitlines()]
 
 
-def _has(samples: datasets.Dataset, name: str, kind: Any) -> bool:
-    return samples.features.get(name) == kind
-
-
-def _describe_model(model: str | Path | FlorenceVLForConditionalGeneration, server: str | None) -> dict[str, Any]:
-    """Name a model, with the time of the last change to its directory, in nanoseconds."""
-    if not isinstance(model, str | Path):
-        return {"model": model.name_or_path, "modified": None, "server": None}
-    directory = Path(model)
-    if server is not None or not directory.is_dir():
-        return {"model": str(model), "modified": None, "server": server}
-    times = [path.stat().st_mtime_ns for pattern in CHECKPOINT_FILES for path in directory.glob(pattern)]
-    return {"model": str(directory.resolve()), "modified": max(times, default=None), "server": None}
-
-
-def _is_complete(output: Path, settings: dict[str, Any]) -> bool:
-    """Whether all answers are there already. Answers with other settings are refused."""
+def _check_settings(output: Path, settings: dict[str, Any]) -> None:
+    """Refuse answers with other settings."""
     file = _settings_file(output)
-    if not file.exists():
-        if output.exists():
-            raise FileExistsError(f"{output} exists and has no {file.name}; give another output, or remove it.")
-        return False
-    known = read_json(file)
-    changes = [
-        f"{name} {known.get(name)}, now {value}" for name, value in settings.items() if known.get(name) != value
-    ]
-    if changes:
+    known = read_json(file) if file.exists() else {}
+    changed = [name for name in settings if name not in known or known[name] != settings[name]]
+    if changed:
+        changes = "; ".join(f"{name} {known.get(name, 'unknown')}, now {settings[name]}" for name in changed)
         raise ValueError(
-            f"{output} has answers with other settings ({'; '.join(changes)}); give another output, or remove it with "
-            f"its {output.name}.* files."
+            f"{output} has answers with other settings ({changes}); give another output, or remove it with its "
+            f"{output.name}.* files."
         )
-    return output.exists()
 
 
 def _settings_file(output: Path) -> Path:
@@ -161,11 +136,11 @@ def _settings_file(output: Path) -> Path:
 
 
 def _partial_files(output: Path) -> list[Path]:
-    return sorted(output.parent.glob(f"{glob.escape(output.name)}.partial*"))
+    """List files of answers, the last written one at the end."""
+    return sorted(output.parent.glob(f"{glob.escape(output.name)}.partial*"), key=os.path.getmtime)
 
 
 def _open_partial(output: Path, process_index: int) -> TextIO:
-    output.parent.mkdir(parents=True, exist_ok=True)
     number = f"-{process_index}" if process_index else ""
     file = open(output.with_name(f"{output.name}.partial{number}"), "a", encoding="utf-8", buffering=1)
     file.write("\n")  # ends a line that a killed run left incomplete
@@ -182,14 +157,14 @@ def _read_partial(output: Path) -> dict[int, dict[str, str]]:
             except ValueError:  # empty, or incomplete
                 continue
             index = result.pop("index")
-            if "answer" in result or index not in known:
+            if "answer" in result or "answer" not in known.get(index, {}):
                 known[index] = result
     return known
 
 
 def describe(sample: dict[str, Any]) -> dict[str, Any]:
     """Return what is known of a sample before it is answered. Of a broken one, the question is empty."""
-    question, references = "", []
+    question, references = "", list[str]()
     with suppress(SampleError):  # which is what its result says
         messages, references = read_question(sample)
         question = message_text(messages[-1]).strip()
@@ -201,17 +176,11 @@ def _to_line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-@contextmanager
-def incomplete_file(path: Path) -> Iterator[Path]:
-    """Yield the path of a temporary file, which becomes `path` when the block succeeds."""
+def write_file(path: Path, text: str) -> None:
+    """Write a file that is complete when it appears."""
     temporary = path.with_name(f".{path.name}.incomplete")
-    yield temporary
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
-def _write(path: Path, text: str) -> None:
-    with incomplete_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-__all__ = ["describe", "incomplete_file", "predict"]
+__all__ = ["describe", "predict", "write_file"]

@@ -1,5 +1,5 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Questions to a model: the last ones of samples in the formats of training, or one about each image of a directory."""
+"""Questions to a model: the last one of each sample in a file, or one about each image in a directory."""
 
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,9 @@ def load_questions(
     images = [file for file in sorted(Path(path).rglob("*")) if file.suffix.lower() in suffixes and file.is_file()]
     if not images:
         raise ValueError(f"{path} has no images; give a directory of images, or a file of samples without a question.")
-    content = [IMAGE_ITEM, {"type": "text", "text": question}]
-    common = {
-        "messages": [{"role": "user", "content": content}],
-        "length": 0,
-        "problem": None,
-        "problem_message": None,
-    }
-    samples = [{**common, "id": str(file.relative_to(path)), "images": [str(file)], "answers": []} for file in images]
+    messages = [{"role": "user", "content": [IMAGE_ITEM, {"type": "text", "text": question}]}]
+    common = {"messages": messages, "length": 0, "answers": [], "problem": None, "problem_message": None}
+    samples = [{**common, "id": str(file.relative_to(path)), "images": [str(file)]} for file in images]
     return datasets.Dataset.from_list(samples, features=EVALUATION_FEATURES)
 
 

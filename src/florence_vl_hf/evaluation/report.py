@@ -8,7 +8,7 @@ import datasets
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..training.samples import SampleError, open_image, read_sample
-from .prediction import incomplete_file
+from .prediction import write_file
 from .server import data_url
 
 
@@ -36,14 +36,12 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # One sample at a time, since their images are large.
     rows = (
         {**record, "scores": sample_scores, "thumbnails": _thumbnails(sample)}
         for sample, record, sample_scores in zip(samples, answers, scores["samples"], strict=True)
     )
     template = environment.get_template("report.html.jinja")
-    with incomplete_file(Path(path)) as temporary:
-        template.stream(title=title, scores=scores, rows=rows).dump(str(temporary), encoding="utf-8")
+    write_file(Path(path), template.render(title=title, scores=scores, rows=rows))
 
 
 def _thumbnails(sample: dict[str, Any]) -> list[str]:
