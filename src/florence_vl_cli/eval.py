@@ -4,7 +4,6 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from typer import Option
 
 from . import options
@@ -44,4 +43,4 @@ def evaluate(
         dtype=options.torch_dtype(dtype),
         device=device,
     )
-    typer.echo(f"{evaluation.format_scores(scores)}\nOpen {output / 'report.html'} to see the samples.")
+    options.echo_once(f"{evaluation.format_scores(scores)}\nOpen {output / 'report.html'} to see the samples.")

@@ -1,6 +1,7 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Arguments and options that several commands share, and the line that says what was written."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -65,6 +66,12 @@ def torch_dtype(name: str | None) -> "torch.dtype | None":
     import torch
 
     return None if name is None else getattr(torch, name)
+
+
+def echo_once(message: str) -> None:
+    """Print a message in one process of a distributed run."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(message)
 
 
 def echo_written(output: Path, config: "FlorenceVLConfig", num_parameters: int) -> None:

@@ -4,7 +4,6 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from typer import Option
 
 from . import options
@@ -39,4 +38,6 @@ def predict(
     errors = [record["error"] for record in answers if "error" in record]
     if len(errors) == len(answers):
         raise ValueError(f"No sample of {file} can be answered. Of the first: {errors[0]}")
-    typer.echo(f"Wrote {output}: {len(answers) - len(errors):,} answers, {len(errors):,} samples with an error.")
+    options.echo_once(
+        f"Wrote {output}: {len(answers) - len(errors):,} answers, {len(errors):,} samples with an error."
+    )

@@ -29,6 +29,28 @@ CHOICE_WORDS = [
     *("(A)", "(B)", "A.", "B", "C.", "D", "D,", "(C", "A)", "A", ":", "'", "Answer:", "two dogs", "A RED CAT"),
     *("apples.", "3.5 m", "The answer is", "I think that it", " ", "\n", "", "and", "not"),
 ]
+# Rules that random cases rarely meet: an answer, and one reference or several.
+PAIRS = [
+    *[
+        ("0", "none"),
+        ("1000m", "1,000/m"),
+        ("1 000", "1,000"),
+        ("a b", "a/b"),
+        ("ab", "a/ b"),
+        ("somebodyd", "somebody'd"),
+    ],
+    *[("x", "." * 40 + "x"), ("." * 8 + "x", "." * 40 + "x"), ("dont", "don't"), ("The  cat", "cat"), ("U.S.", "us")],
+    *[("Straße", "Straßen"), ("STRASSE", "straße"), ("ab", "ac"), ("abc", "abd"), (" ab", "ab"), ("", ""), ("", " ")],
+    *[
+        ("105", "100"),
+        ("105.1", "100"),
+        ("-95", "-100"),
+        ("5%", "0.05"),
+        ("0.0", "0"),
+        ("1e2", "100"),
+        ("50 %", "50%"),
+    ],
+]
 LENGTHS = (0, 1, 1, 1, 2, 3, 8)
 WORDS = [
     *VQA_NUMBERS, *VQA_CONTRACTIONS, *(word.replace("'", "", 1) for word in VQA_CONTRACTIONS),
@@ -101,9 +123,11 @@ def random_case(generator: random.Random, metric: str) -> tuple[str, list[str]]:
 
 def main(wheel: Path, number: int = 0) -> None:
     functions, generator, cases = scores_of(wheel), random.Random(0), []
-    for _ in range(number or NUM_CASES):
+    for i in range(number or NUM_CASES):
         for name, function in functions.items():
             answer, references = random_case(generator, name)
+            if i < len(PAIRS) and name != "multiple_choice":
+                answer, references = PAIRS[i][0], [PAIRS[i][1]] * 3
             expected = function(answer, references)
             found = METRICS[name](answer, references, QUESTION)
             assert abs(found - expected) < 1e-12, (name, answer, references, expected, found)

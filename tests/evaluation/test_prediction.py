@@ -197,20 +197,12 @@ class TestResuming:
 @pytest.mark.slow
 def test_two_processes_have_the_answers_of_one(file, directory, tmp_path):
     options = ["--max-new-tokens", "6", "--batch-size", "2", "--device", "cpu"]
-    launch = [
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes=2",
-        "--mixed_precision=no",
-        "-m",
-        "florence_vl_hf",
-    ]
-    command = [sys.executable, "-m", *launch, "predict", file, directory, "--output", tmp_path / "two.jsonl", *options]
+    launch = "accelerate.commands.launch --multi_gpu --main_process_port=0 --num_processes=2 --mixed_precision=no"
+    command = [sys.executable, "-m", *launch.split(), "-m", "florence_vl_hf", "predict", str(file), str(directory)]
+    command += ["--output", str(tmp_path / "two.jsonl"), *options]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TORCH_GLOO_LAZY_INIT": "0"}
-    result = subprocess.run(
-        [*map(str, command)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=150
-    )
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=150)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("Wrote") == 1
+    assert result.stdout.count("Wrote") == 1 and "6/6" in result.stderr
     one = predict(load_questions(file), directory, tmp_path / "one.jsonl", max_new_tokens=6, device="cpu")
     assert lines_of(tmp_path / "two.jsonl") == one

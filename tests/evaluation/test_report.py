@@ -11,7 +11,10 @@ from ..conftest import llava_sample
 from .conftest import write
 
 
-ATTACK = """</script><script>document.title = "attacked"</script><img src=x onerror="document.title='attacked'">'\"&"""
+ATTACK = (
+    "x" * 300
+    + """</script><script>document.title = "attacked"</script><img src=x onerror="document.title='attacked'">'\"&"""
+)
 
 
 @pytest.fixture

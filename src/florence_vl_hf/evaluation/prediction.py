@@ -88,7 +88,7 @@ def predict(
         loaded, processor = load_pretrained(model, dtype=dtype or "auto", device_map=device_map)
         return generate_answers(samples, indices, loaded.eval(), processor, max_new_tokens, batch_size)
 
-    state = PartialState(timeout=MAX_WAITING_TIME)
+    state = PartialState(cpu=device == "cpu", timeout=MAX_WAITING_TIME)
     with locked(output) if state.is_main_process else nullcontext():
         answered = {index for index, result in _read_partial(output).items() if "answer" in result}
         if answered or output.exists():
