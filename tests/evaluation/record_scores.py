@@ -40,7 +40,16 @@ PAIRS = [
         ("somebodyd", "somebody'd"),
     ],
     *[("x", "." * 40 + "x"), ("." * 8 + "x", "." * 40 + "x"), ("dont", "don't"), ("The  cat", "cat"), ("U.S.", "us")],
-    *[("Straße", "Straßen"), ("STRASSE", "straße"), ("ab", "ac"), ("abc", "abd"), (" ab", "ab"), ("", ""), ("", " ")],
+    *[
+        ("Straße", "Straßen"),
+        ("Maße", "Maß"),
+        ("STRASSE", "straße"),
+        ("ab", "ac"),
+        ("abc", "abd"),
+        (" ab", "ab"),
+        ("", ""),
+        ("", " "),
+    ],
     *[
         ("105", "100"),
         ("105.1", "100"),

@@ -11,10 +11,8 @@ from ..conftest import llava_sample
 from .conftest import write
 
 
-ATTACK = (
-    "x" * 300
-    + """</script><script>document.title = "attacked"</script><img src=x onerror="document.title='attacked'">'\"&"""
-)
+ATTACK = """</script><script>document.title = "attacked"</script><img src=x onerror="document.title='attacked'">'\"&"""
+ATTACK += "x" * 300
 
 
 @pytest.fixture
