@@ -16,7 +16,7 @@ class TestPredict:
         output = tmp_path / "a.jsonl"
         options = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "3"]
         assert status("predict", file, directory, "--output", output, *options) == 0
-        assert f"Wrote {output}: 10 answers, 2 errors.\n" in capfd.readouterr().out
+        assert f"Wrote {output}: 10 answers, 2 samples with an error.\n" in capfd.readouterr().out
         assert len(output.read_text(encoding="utf-8").splitlines()) == 12
 
     def test_one_question_about_images(self, file, server, tmp_path):

@@ -57,7 +57,9 @@ def test_in_a_browser(report):
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             luminance = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0]")
             assert (int(luminance) < 128) == (scheme == "dark")
-            assert page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+            page.evaluate("Promise.all([...document.images].map((i) => (i.loading = 'eager', i.decode())))")
+            fits = "[...document.querySelectorAll('dd')].every((cell) => cell.scrollWidth <= cell.clientWidth)"
+            assert page.evaluate(fits)
 
             def shown(search: str, scores: str, page=page) -> int:
                 page.fill("#text", search)

@@ -18,7 +18,7 @@ from .questions import open_question
 
 
 # With the defaults of settings of sampling: generation warns about others.
-GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "max_length": None}
+GREEDY: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "max_length": None}
 
 
 def generate_answers(
