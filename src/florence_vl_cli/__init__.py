@@ -10,14 +10,17 @@ from typer import Option
 
 from .chat import chat
 from .convert import assemble, convert, export, verify
+from .eval import evaluate
 from .hub import push
+from .predict import predict
 from .serve import serve
 from .train import check_data, merge, train
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (convert, export, assemble, verify, check_data, train, merge, chat, serve, push):
+for command in (convert, export, assemble, verify, check_data, train, merge, chat, predict, serve, push):
     app.command()(command)
+app.command("eval")(evaluate)
 
 # In characters. Of a longer message, the beginning and the end are printed.
 MAX_MESSAGE_LENGTH = 1000

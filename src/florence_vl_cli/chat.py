@@ -8,9 +8,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer import Argument, Option
+from typer import Argument
 
-from .options import Device, Model
+from .options import Device, MaxNewTokens, Model
 
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ HELP = """\
 def chat(
     model: Model,
     images: Annotated[list[str] | None, Argument(help="Images of the first question, as paths or URLs.")] = None,
-    max_new_tokens: Annotated[int, Option(help="Maximum number of tokens of an answer.", min=1)] = 512,
+    max_new_tokens: MaxNewTokens = 512,
     device: Device = "auto",
 ) -> None:
     """Chat about images. The commands /image, /reset, /help and /exit are explained at the start."""

@@ -1,6 +1,7 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Arguments and options that several commands share, and the line that says what was written."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -39,12 +40,38 @@ Settings = Annotated[
     list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a setting of the recipe. Can be repeated.")
 ]
 Device = Annotated[str, Option(help="Device of the model, such as cpu, cuda or auto.")]
+Samples = Annotated[
+    str,
+    Argument(
+        metavar="FILE",
+        help="Conversations: a .json, .jsonl or .parquet file, a directory of `datasets`, or a Hub id. The last "
+        "answer, or the list `answers`, is the reference.",
+    ),
+]
+ServedModel = Annotated[
+    str, Argument(help="Directory or Hub id of a converted, trained or original model; with --server, its name there.")
+]
+Question = Annotated[str | None, Option(help="Ask this about each image of FILE, which is a directory then.")]
+ImageFolder = Annotated[Path | None, Option(help="Directory of relative image paths; by default, FILE's.")]
+Split = Annotated[str, Option(help="Split of a dataset that has several.")]
+Server = Annotated[
+    str | None,
+    Option(metavar="URL", help="Send the samples to a server with OpenAI's API, such as http://localhost:8000/v1."),
+]
+MaxNewTokens = Annotated[int, Option(help="Maximum number of tokens of an answer.", min=1)]
+BatchSize = Annotated[int, Option(help="Number of samples per batch, or of requests at the same time.", min=1)]
 
 
 def torch_dtype(name: str | None) -> "torch.dtype | None":
     import torch
 
     return None if name is None else getattr(torch, name)
+
+
+def echo_once(message: str) -> None:
+    """Print a message in one process of a distributed run."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(message)
 
 
 def echo_written(output: Path, config: "FlorenceVLConfig", num_parameters: int) -> None:

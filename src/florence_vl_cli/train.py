@@ -16,12 +16,12 @@ def check_data(
     file: Annotated[
         str, Argument(help="Conversations: a .json, .jsonl or .parquet file, a directory of `datasets`, or a Hub id.")
     ],
-    image_folder: Annotated[Path | None, Option(help="Directory of relative image paths; by default, FILE's.")] = None,
+    image_folder: options.ImageFolder = None,
     model: Annotated[str | None, Option(help="Directory or Hub id of a model whose tokenizer counts tokens.")] = None,
     max_length: Annotated[int, Option(help="Maximum number of tokens of a sample in training.", min=1)] = 2048,
     chat_template: options.ChatTemplate = None,
     workers: Annotated[int | None, Option(help="Number of processes. By default, one per core.", min=0)] = None,
-    split: Annotated[str, Option(help="Split of a dataset that has several.")] = "train",
+    split: options.Split = "train",
     show: Annotated[int, Option(help="Number of samples to name for each kind of problem.", min=0)] = 5,
     max_image_side: Annotated[
         int | None, Option(help="Longest side of an image, in pixels. By default, as in training.", min=1)

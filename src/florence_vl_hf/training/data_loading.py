@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from datasets.exceptions import DatasetGenerationError
 
 from ..conversion.checkpoint_files import is_directory
-from .samples import Sample, SampleError, parse_sample, sample_id, to_utf8
+from .samples import Sample, SampleError, parse_answers, parse_sample, sample_id, to_utf8
 
 
 # Part of the key in the cache of `datasets`: increase it when the same file is to give other samples.
@@ -44,6 +44,7 @@ FEATURES = datasets.Features(
         "problem_message": TEXT,
     }
 )
+EVALUATION_FEATURES = datasets.Features({**FEATURES, "answers": datasets.List(TEXT)})
 
 
 class ConversationFileError(ValueError):
@@ -51,7 +52,11 @@ class ConversationFileError(ValueError):
 
 
 def load_conversations(
-    path: str | Path | datasets.Dataset, image_folder: str | Path | None = None, split: str = "train"
+    path: str | Path | datasets.Dataset,
+    image_folder: str | Path | None = None,
+    split: str = "train",
+    *,
+    for_evaluation: bool = False,
 ) -> datasets.Dataset:
     """
     Load conversations in LLaVA's or in chat format as one dataset, memory-mapped and cached on disk.
@@ -63,6 +68,8 @@ def load_conversations(
         image_folder (`str` or `Path`, *optional*): The directory that image paths are relative to. By default, `path`
             if it is a directory, else the directory that contains it.
         split (`str`, *optional*, defaults to `"train"`): The split of a dataset. JSON files have none.
+        for_evaluation (`bool`, *optional*, defaults to `False`): Whether samples may end with a question, and may have
+            a list of strings in `answers`, which becomes a column.
 
     Returns:
         `datasets.Dataset`: The columns `id`, `messages` (as in `Sample`), `images` (paths, or a dataset's own
@@ -75,23 +82,25 @@ def load_conversations(
         CheckpointError: If it is neither a file, a directory nor the id of a dataset on the Hub.
     """
     if isinstance(path, datasets.Dataset):
-        return _load_dataset(path, os.path.abspath(image_folder or "."))
+        return _load_dataset(path, os.path.abspath(image_folder or "."), for_evaluation)
     if not os.path.exists(path) and not str(path).lower().endswith((".json", ".jsonl")):
         is_directory(path)  # refuses a mistyped path, which is not looked up on the Hub
     path = Path(path)
     image_folder = os.path.abspath(image_folder or (path if path.is_dir() else path.parent))
     if path.suffix.lower() not in (".json", ".jsonl"):
-        return _load_dataset(_find_dataset(path, split), image_folder)
+        return _load_dataset(_find_dataset(path, split), image_folder, for_evaluation)
     if not path.is_file():
         raise ConversationFileError(f"There is no file {path}; expected a file of conversations.")
     version = f"{CACHE_VERSION}: {path.stat().st_size} bytes, modified {path.stat().st_mtime_ns}"
-    return _parse_all({"source": str(path.resolve()), "image_folder": image_folder, "version": version})
+    arguments = {"source": str(path.resolve()), "image_folder": image_folder, "version": version}
+    return _parse_all({**arguments, "for_evaluation": for_evaluation})
 
 
 def _parse_all(arguments: dict[str, Any]) -> datasets.Dataset:
     """Write parsed samples to the cache of `datasets`, unless it has samples of the same arguments."""
     try:
-        return datasets.Dataset.from_generator(_parse_samples, features=FEATURES, gen_kwargs=arguments)
+        features = EVALUATION_FEATURES if arguments["for_evaluation"] else FEATURES
+        return datasets.Dataset.from_generator(_parse_samples, features=features, gen_kwargs=arguments)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, ConversationFileError):
             raise error.__cause__ from None
@@ -99,16 +108,21 @@ def _parse_all(arguments: dict[str, Any]) -> datasets.Dataset:
 
 
 def _parse_samples(
-    source: str | datasets.Dataset, image_folder: str | None, version: str, image_column: str | None = None
+    source: str | datasets.Dataset,
+    image_folder: str | None,
+    version: str,
+    for_evaluation: bool,
+    image_column: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Parse the samples of a file or dataset. Images of a dataset's own `image_column` stay there."""
     samples = _read_file(source) if isinstance(source, str) else enumerate(_read_dataset(source, image_column), 1)
     for number, raw in samples:
-        parsed, problem, message = Sample([], []), None, None
+        parsed, answers, problem, message = Sample([], []), [], None, None
         try:
             if isinstance(raw, SampleError):
                 raise raw
-            parsed = parse_sample(raw, image_folder)
+            parsed = parse_sample(raw, image_folder, for_evaluation=for_evaluation)
+            answers = parse_answers(raw) if for_evaluation else []
         except SampleError as error:
             problem, message = error.problem.value, to_utf8(error.reason)
         yield {
@@ -118,7 +132,7 @@ def _parse_samples(
             "length": _estimate_length(parsed),
             "problem": problem,
             "problem_message": message,
-        }
+        } | ({"answers": answers} if for_evaluation else {})
 
 
 def _estimate_length(sample: Sample) -> int:
@@ -226,7 +240,7 @@ def _find_dataset(path: Path, split: str) -> datasets.Dataset:
     return saved[split]
 
 
-def _load_dataset(dataset: datasets.Dataset, image_folder: str) -> datasets.Dataset:
+def _load_dataset(dataset: datasets.Dataset, image_folder: str, for_evaluation: bool) -> datasets.Dataset:
     columns = dataset.column_names
     if not {"messages", "conversations"} & set(columns):
         expected = "`messages` or `conversations`, and `images` or `image`"
@@ -234,8 +248,10 @@ def _load_dataset(dataset: datasets.Dataset, image_folder: str) -> datasets.Data
     if not len(dataset):
         raise ConversationFileError("The dataset has no samples; expected at least one conversation.")
     images = next((name for name in ("images", "image") if name in columns), None)
-    source = dataset.select_columns([n for n in ("id", "messages", "conversations", images) if n in columns])
+    names = ["id", "messages", "conversations", images, *(["answers"] if for_evaluation else [])]
+    source = dataset.select_columns([name for name in names if name in columns])
     arguments = {"source": source, "image_folder": image_folder, "version": str(CACHE_VERSION)}
+    arguments["for_evaluation"] = for_evaluation
     feature = None if images is None else dataset.features[images]
     if feature is None or isinstance(getattr(feature, "feature", feature), datasets.Value):
         return _parse_all(arguments)

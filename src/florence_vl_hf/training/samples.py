@@ -110,8 +110,11 @@ def require_answer(messages: list[dict[str, Any]]) -> None:
         raise SampleError("No answer has any text; remove the sample.", Problem.NOTHING_TO_LEARN)
 
 
-def parse_sample(raw: Any, image_folder: str | None = None) -> Sample:
-    """Parse and check a sample in LLaVA's or chat format. With `image_folder`, all images must be paths in it."""
+def parse_sample(raw: Any, image_folder: str | None = None, *, for_evaluation: bool = False) -> Sample:
+    """
+    Parse and check a sample in LLaVA's or chat format. With `image_folder`, all images must be paths in it. A sample
+    `for_evaluation` may end with a question.
+    """
     match raw:
         case {"messages": [_, *_] as turns} | {"conversations": [_, *_] as turns}:
             messages = [_parse_turn(turn) for turn in turns]
@@ -124,6 +127,8 @@ def parse_sample(raw: Any, image_folder: str | None = None) -> Sample:
 
     roles = [message["role"] for message in messages]
     first_user = int(roles[0] == "system")
+    if for_evaluation and roles[-1] == "user":
+        roles.append("assistant")
     if roles[first_user:] != ["user", "assistant"] * max(1, len(roles) // 2):
         expected = "user and assistant in turn, ending with assistant, after at most one system message"
         raise SampleError(f"Got the roles {', '.join(roles)}; expected {expected}.", Problem.ROLE_ORDER)
@@ -142,6 +147,17 @@ def parse_sample(raw: Any, image_folder: str | None = None) -> Sample:
         reason = f"Got {len(images)} images but {num_tokens} image tokens; add one {IMAGE_TOKEN!r} per image"
         raise SampleError(f"{reason}, {advice}.", Problem.IMAGE_TOKENS)
     return Sample(messages, images)
+
+
+def parse_answers(raw: dict[str, Any]) -> list[str]:
+    """Return the reference answers of a sample to evaluate, apart from that of the assistant."""
+    match raw.get("answers"):
+        case None:
+            return []
+        case list(answers) if all(isinstance(answer, str) for answer in answers):
+            return [to_utf8(answer) for answer in answers]
+        case answers:
+            raise SampleError(f"Got {_shorten(answers)} in `answers`, expected a list of strings.")
 
 
 def sample_id(raw: Any) -> str | None:
