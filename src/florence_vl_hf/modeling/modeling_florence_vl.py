@@ -22,7 +22,6 @@ from torch import nn
 from transformers import AutoModel, Cache, Florence2Config, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -43,6 +42,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_florence_vl import IMAGE_FEATURE, FlorenceVLConfig
+from .generation_florence_vl import FlorenceVLGenerationMixin
 from .transformers_compat import CACHE, slice_logits_to_keep
 
 
@@ -621,7 +621,7 @@ class FlorenceVLModel(FlorenceVLPreTrainedModel):
 
 
 @auto_docstring(custom_intro="The Florence-VL model with a language modeling head, which answers about images.")
-class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMixin):
+class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, FlorenceVLGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -711,31 +711,6 @@ class FlorenceVLForConditionalGeneration(FlorenceVLPreTrainedModel, GenerationMi
             image_outputs=outputs.image_outputs,
             **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         )
-
-    @torch.no_grad()
-    def generate(self, *args: Any, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """As in Transformers; `pixel_values` may be `None`, and equal images of a batch are encoded once."""
-        if pixel_values is not None:
-            if kwargs.get("mm_encoder_outputs") is not None:
-                raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
-            kwargs["mm_encoder_outputs"] = {"image": self._encode_distinct_images(pixel_values)}
-        return super().generate(*args, **kwargs)
-
-    def _encode_distinct_images(self, pixel_values: torch.Tensor) -> FlorenceVLImageFeaturesOutput:
-        is_equal = torch.stack([(pixel_values == image).flatten(1).all(dim=1) for image in pixel_values])
-        is_equal.fill_diagonal_(True)  # an image with NaN is not equal to itself
-        first_equal = is_equal.int().argmax(dim=1).tolist()  # the index of the first image that equals each
-        distinct = sorted(set(first_equal))
-        output = self.get_image_features(pixel_values[distinct], return_dict=True)
-        features = dict(zip(distinct, output.pooler_output, strict=True))
-        return FlorenceVLImageFeaturesOutput(pooler_output=[features[i] for i in first_equal])
-
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]  # upstream's type of `self`
-        # Here and not in the generation config, which users replace: an image token without an image cannot be read.
-        device = str(kwargs.get("device") or self.device)
-        processors.append(SuppressTokensLogitsProcessor([self.config.image_token_id], device=device))
-        return processors
 
 
 # `save_pretrained` copies the modules of these classes beside the weights, for `trust_remote_code=True`. Which Auto
