@@ -113,7 +113,7 @@ def decoding(setup: Setup) -> Iterator[Row]:
         peer_image = setup.pixel_values(1, setup.peer.config.vision_config.image_size)
         peer_feature = setup.peer.get_image_features(peer_image, return_dict=True).pooler_output[0]
     language_model = causal_lm(setup.model)
-    for batch_size in setup.batch_sizes(1, 16):
+    for batch_size in (1, 2 if setup.small else 16):
         conversations = [setup.messages()] * batch_size
         inputs = text_inputs(setup, setup.processor, conversations)
         peer_inputs = text_inputs(setup, setup.peer_processor, conversations)
@@ -195,7 +195,7 @@ def with_features(inputs: dict[str, Any], feature: torch.Tensor, batch_size: int
 
 def requests(setup: Setup) -> Iterator[Row]:
     """Answer requests with 0 to 3 images and different texts, whose images are encoded before."""
-    num_requests, num_tokens = (2, 4) if setup.small else (16, 16)
+    num_requests, num_tokens = (2, 4) if setup.small else (16, 32)
     conversations = [setup.messages(i % 4, num_words=8 + 4 * i) for i in range(num_requests)]
     contenders = {"": (setup.model, setup.processor), "peer: ": (setup.peer, setup.peer_processor)}
     for name, (model, processor) in contenders.items():

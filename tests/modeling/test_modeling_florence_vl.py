@@ -1,5 +1,6 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -413,6 +414,55 @@ class TestGenerate:
         }
         batch["pixel_values"] = torch.cat([sample["pixel_values"] for sample in samples if "pixel_values" in sample])
         assert torch.equal(model.generate(**batch, **settings)[:, -6:], torch.stack(expected))
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"do_sample": False},
+            {"do_sample": False, "num_beams": 3},
+            {"do_sample": False, "num_beams": 2, "num_return_sequences": 2},
+            {"do_sample": True, "num_return_sequences": 2},
+        ],
+        ids=["greedy", "beams", "several beams", "samples"],
+    )
+    @pytest.mark.parametrize("sliding_window", [None, 7])
+    def test_samples_with_different_numbers_of_images_are_read_apart(self, settings, sliding_window, monkeypatch):
+        model = tiny_model()
+        if sliding_window is not None:
+            text = model.config.text_config.to_dict() | {"model_type": "mistral", "sliding_window": sliding_window}
+            model = tiny_model(text_config=text)
+        inputs = tiny_inputs(model.config, [1, 0, 2, 0, 1])
+        inputs["attention_mask"][1, :-3] = 0  # a shorter text
+        settings = {**settings, "max_new_tokens": 5, "return_dict_in_generate": True, "output_logits": True}
+
+        def run() -> Any:
+            torch.manual_seed(0)
+            return model.generate(**inputs, **settings)
+
+        lengths = []
+        handle = model.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+        )
+        apart = run()
+        handle.remove()
+        assert lengths[:4] == [6, 11, 16, 1]
+        monkeypatch.setattr(type(model), "_can_prefill_apart", lambda *args: False)
+        together = run()
+        assert torch.equal(apart.sequences, together.sequences)
+        assert_close(apart.logits, together.logits, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [{"output_hidden_states": True}, {"output_attentions": True}, {"prefill_chunk_size": 4}, {"use_cache": False}],
+    )
+    def test_what_requires_a_single_forward(self, settings):
+        model = tiny_model(attn_implementation="eager")
+        inputs = tiny_inputs(model.config, [1, 0])
+        expected = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, **settings)
+        assert torch.equal(output.sequences, expected)
+        if "output_hidden_states" in settings:
+            assert output.hidden_states[0][0].shape[:2] == inputs["input_ids"].shape
 
     def test_cached_decoding_equals_full_forwards(self):
         model = tiny_model()
