@@ -10,6 +10,7 @@ from typer import Argument, Option
 
 if TYPE_CHECKING:
     import torch
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
     from florence_vl_hf.modeling import FlorenceVLConfig
 
@@ -39,12 +40,29 @@ Settings = Annotated[
     list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a setting of the recipe. Can be repeated.")
 ]
 Device = Annotated[str, Option(help="Device of the model, such as cpu, cuda or auto.")]
+LoadIn4bit = Annotated[
+    bool, Option("--load-in-4bit", help="Quantize the language model to 4 bits, with bitsandbytes.")
+]
+LoadIn8bit = Annotated[
+    bool, Option("--load-in-8bit", help="Quantize the language model to 8 bits, with bitsandbytes.")
+]
 
 
 def torch_dtype(name: str | None) -> "torch.dtype | None":
     import torch
 
     return None if name is None else getattr(torch, name)
+
+
+def quantization(load_in_4bit: bool, load_in_8bit: bool) -> "QuantizationConfigMixin | None":
+    """Return the `quantization_config` of the options `LoadIn4bit` and `LoadIn8bit`, for `load_pretrained`."""
+    if load_in_4bit and load_in_8bit:
+        raise typer.BadParameter("choose one.", param_hint="--load-in-4bit, --load-in-8bit")
+    if not load_in_4bit and not load_in_8bit:
+        return None
+    from florence_vl_hf.quantization import quantization_config
+
+    return quantization_config(4 if load_in_4bit else 8)
 
 
 def echo_written(output: Path, config: "FlorenceVLConfig", num_parameters: int) -> None:
