@@ -1,6 +1,7 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Train on pairs of a better and a worse answer, with DPO and LoRA: `python dpo.py MODEL_DIR`."""
 
+import torch
 import typer
 from datasets import Dataset
 from PIL import Image
@@ -23,13 +24,10 @@ def make_dataset() -> Dataset:
 
 def main(model_dir: str, output: str = "dpo-output", max_steps: int = 20) -> None:
     model, processor = load_pretrained(model_dir, dtype="auto")
-    trainer = DPOTrainer(
-        model,
-        args=DPOConfig(output, max_steps=max_steps, learning_rate=1e-4, max_length=None),
-        train_dataset=make_dataset(),
-        processing_class=processor,
-        peft_config=lora_config(model, rank=16, alpha=32),
-    )
+    cpu = not torch.cuda.is_available()
+    args = DPOConfig(output, max_length=None, learning_rate=1e-4, max_steps=max_steps, use_cpu=cpu)
+    lora = lora_config(model, rank=16, alpha=32)
+    trainer = DPOTrainer(model, args=args, train_dataset=make_dataset(), processing_class=processor, peft_config=lora)
     register_training_hook(trainer.model)  # without dropout in the frozen vision tower
     trainer.train()
     trainer.save_model()

@@ -1,6 +1,7 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Train on a reward of sampled answers, with RLOO and LoRA: `python rloo.py MODEL_DIR`."""
 
+import torch
 import typer
 from datasets import Dataset
 from PIL import Image
@@ -27,13 +28,13 @@ def reward(completions: list[list[dict[str, str]]], color: list[str], **_: objec
 
 def main(model_dir: str, output: str = "rloo-output", max_steps: int = 20) -> None:
     model, processor = load_pretrained(model_dir, dtype="auto")
+    cpu = not torch.cuda.is_available()
+    args = RLOOConfig(
+        output, num_generations=4, max_completion_length=32, learning_rate=1e-4, max_steps=max_steps, use_cpu=cpu
+    )
+    lora = lora_config(model, rank=16, alpha=32)
     trainer = RLOOTrainer(
-        model,
-        reward,
-        args=RLOOConfig(output, max_steps=max_steps, learning_rate=1e-4, num_generations=4, max_completion_length=32),
-        train_dataset=make_dataset(),
-        processing_class=processor,
-        peft_config=lora_config(model, rank=16, alpha=32),
+        model, reward, args=args, train_dataset=make_dataset(), processing_class=processor, peft_config=lora
     )
     register_training_hook(trainer.model)  # without dropout in the frozen vision tower
     trainer.train()

@@ -59,7 +59,7 @@ def test_trains_and_loads_equal(method, base, tmp_path):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 1e-3
+    assert losses[-1] < losses[0] - 1e-3
     assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == set(trained)
 
     model.eval().save_pretrained(tmp_path)
@@ -85,10 +85,10 @@ def test_generates_what_forward_computes(method, base):
     model = load(base, method).eval()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+            parameter.copy_(3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
     inputs = tiny_inputs(model.config, [1, 1])
-    found = model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)[:, -2:]
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], found[:, :1]], dim=1)
-    logits = model(**{**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}).logits[:, -2:]
+    found = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)[:, -4:]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], found[:, :-1]], dim=1)
+    logits = model(**{**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}).logits[:, -4:]
     logits[..., [model.config.text_config.eos_token_id, model.config.image_token_id]] = -torch.inf
     assert torch.equal(found, logits.argmax(-1))

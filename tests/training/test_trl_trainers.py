@@ -141,7 +141,7 @@ def test_other_images_change_the_log_probabilities(converted, processor, tmp_pat
     model = AutoModelForImageTextToText.from_pretrained(converted, dtype=torch.float32)
     trainer = make_trainer("dpo", model, tmp_path, processing_class=processor)
     samples = dataset("dpo").select([0])
-    other = samples.remove_columns("images").add_column("images", [[Image.new("RGB", (64, 64), "blue")]])
+    other = Dataset.from_list([{**samples[0], "images": [Image.new("RGB", (64, 64), "blue")]}])
     found = [trainer.evaluate(samples)["eval_logps/chosen"] for samples in (samples, samples, other)]
     assert found[0] == found[1] != found[2]
 
