@@ -209,7 +209,8 @@ class TestImageTokens:
         with pytest.raises(ValueError, match=f"Got {num_images} images but {text.count('<image>')} '<image>' tokens"):
             processor(images=images, text=text)
 
-    def test_samples_with_zero_one_and_two_images(self, processor):
+    @pytest.mark.parametrize("none", [[], None])
+    def test_samples_with_zero_one_and_two_images(self, none, processor):
         image = Image.new("RGB", (30, 20))
         text = ["Hi", "<image>What?", "<image><image>Both?"]
         inputs = processor(images=[none, [image], [image, image]], text=text, padding=True, return_tensors="pt")
