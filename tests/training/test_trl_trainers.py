@@ -111,8 +111,8 @@ def assert_equal_weights(loaded: torch.nn.Module, trained: torch.nn.Module) -> N
 @pytest.mark.parametrize("name", ["dpo", "grpo", "rloo"])
 def test_model_and_processor(name, converted, processor, tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(converted, dtype=torch.float32)
-    set_trainable(model, "finetune")
     trainer = make_trainer(name, model, tmp_path, processing_class=processor)
+    set_trainable(trainer.model, "finetune")
     train(trainer, name, processor)
     assert {n for n, p in model.named_parameters() if not p.requires_grad} == {
         n for n, _ in model.named_parameters() if ".vision_tower." in n
