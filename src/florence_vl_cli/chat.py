@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument
 
-from .options import Device, MaxNewTokens, Model
+from .options import Device, LoadIn4bit, LoadIn8bit, MaxNewTokens, Model, quantization
 
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ def chat(
     images: Annotated[list[str] | None, Argument(help="Images of the first question, as paths or URLs.")] = None,
     max_new_tokens: MaxNewTokens = 512,
     device: Device = "auto",
+    load_in_4bit: LoadIn4bit = False,
+    load_in_8bit: LoadIn8bit = False,
 ) -> None:
     """Chat about images. The commands /image, /reset, /help and /exit are explained at the start."""
     import torch
@@ -36,8 +38,11 @@ def chat(
     from florence_vl_hf.serving import ChatSession, load_image
 
     # Before the model, which takes long to load.
+    quantization_config = quantization(load_in_4bit, load_in_8bit)
     loaded = [load_image(image) for image in images or []]
-    network, processor = load_pretrained(model, dtype="auto", device_map=device)
+    network, processor = load_pretrained(
+        model, dtype="auto", device_map=device, quantization_config=quantization_config
+    )
     network.generation_config.update(max_new_tokens=max_new_tokens, max_length=None)
     session = ChatSession(network.eval(), processor, loaded)
     with suppress(ImportError):  # not on Windows

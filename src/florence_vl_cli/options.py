@@ -11,6 +11,7 @@ from typer import Argument, Option
 
 if TYPE_CHECKING:
     import torch
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
     from florence_vl_hf.modeling import FlorenceVLConfig
 
@@ -60,6 +61,12 @@ Server = Annotated[
 ]
 MaxNewTokens = Annotated[int, Option(help="Maximum number of tokens of an answer.", min=1)]
 BatchSize = Annotated[int, Option(help="Number of samples per batch, or of requests at the same time.", min=1)]
+LoadIn4bit = Annotated[
+    bool, Option("--load-in-4bit", help="Quantize the language model to 4 bits, with bitsandbytes.")
+]
+LoadIn8bit = Annotated[
+    bool, Option("--load-in-8bit", help="Quantize the language model to 8 bits, with bitsandbytes.")
+]
 
 
 def torch_dtype(name: str | None) -> "torch.dtype | None":
@@ -72,6 +79,17 @@ def echo_once(message: str) -> None:
     """Print a message in one process of a distributed run."""
     if os.environ.get("RANK", "0") == "0":
         typer.echo(message)
+
+
+def quantization(load_in_4bit: bool, load_in_8bit: bool) -> "QuantizationConfigMixin | None":
+    """Return the `quantization_config` of the options `LoadIn4bit` and `LoadIn8bit`, for `load_pretrained`."""
+    if load_in_4bit and load_in_8bit:
+        raise typer.BadParameter("choose one.", param_hint="--load-in-4bit, --load-in-8bit")
+    if not load_in_4bit and not load_in_8bit:
+        return None
+    from florence_vl_hf.quantization import quantization_config
+
+    return quantization_config(4 if load_in_4bit else 8)
 
 
 def echo_written(output: Path, config: "FlorenceVLConfig", num_parameters: int) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from .options import Device, Model
+from .options import Device, LoadIn4bit, LoadIn8bit, Model, quantization
 
 
 def serve(
@@ -16,6 +16,8 @@ def serve(
     host: Annotated[str, Option(help="Address to listen on. By default, of this machine only.")] = "127.0.0.1",
     port: Annotated[int, Option(help="Port to listen on; 0 for any that is free.", min=0, max=65535)] = 8000,
     device: Device = "auto",
+    load_in_4bit: LoadIn4bit = False,
+    load_in_8bit: LoadIn8bit = False,
     max_request_size: Annotated[
         int, Option(help="Maximum size of a request, and of each image that it names, in MB.", min=1)
     ] = 64,
@@ -33,9 +35,12 @@ def serve(
     from florence_vl_hf.conversion import load_pretrained
     from florence_vl_hf.serving.server import build_app
 
+    quantization_config = quantization(load_in_4bit, load_in_8bit)
     # Before the model, which takes long to load. Requests wait for it.
     with _listen(host, port) as listener:
-        network, processor = load_pretrained(model, dtype="auto", device_map=device)
+        network, processor = load_pretrained(
+            model, dtype="auto", device_map=device, quantization_config=quantization_config
+        )
         app = build_app(model, network, processor, max_request_size * 10**6, allow_private_urls)
         address = f"[{host}]" if ":" in host else host
         typer.echo(f"Serving {model} at http://{address}:{listener.getsockname()[1]}/v1. Ctrl-C stops.")

@@ -209,10 +209,11 @@ class TestImageTokens:
         with pytest.raises(ValueError, match=f"Got {num_images} images but {text.count('<image>')} '<image>' tokens"):
             processor(images=images, text=text)
 
-    def test_samples_with_zero_one_and_two_images(self, processor):
+    @pytest.mark.parametrize("none", [[], None])
+    def test_samples_with_zero_one_and_two_images(self, none, processor):
         image = Image.new("RGB", (30, 20))
         text = ["Hi", "<image>What?", "<image><image>Both?"]
-        inputs = processor(images=[[], [image], [image, image]], text=text, padding=True, return_tensors="pt")
+        inputs = processor(images=[none, [image], [image, image]], text=text, padding=True, return_tensors="pt")
         counts = (inputs["input_ids"] == processor.image_token_id).sum(-1)
         assert counts.tolist() == [0, processor.num_image_tokens, 2 * processor.num_image_tokens]
         assert inputs["pixel_values"].shape[0] == 3
@@ -226,7 +227,7 @@ class TestImageTokens:
             processor(images=images, text=text)
         assert f"{num_images} per sample" in str(error.value)
 
-    @pytest.mark.parametrize("images", [[[]], [], [[], []]])
+    @pytest.mark.parametrize("images", [[[]], [], [[], []], [None, []]])
     def test_samples_without_images_have_no_pixel_values(self, images, processor):
         text = ["Hi"] * max(len(images), 1)
         assert "pixel_values" not in processor(images=images, text=text, return_tensors="pt")

@@ -4,17 +4,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import pytest
 import torch
 from peft import IA3Config, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
-    AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
-    BitsAndBytesConfig,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -23,7 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from florence_vl_hf import FlorenceVLForConditionalGeneration
 from florence_vl_hf.conversion import CheckpointError, load_original
-from florence_vl_hf.training.adapters import lora_config, lora_target_modules, merge_adapter, quantization_config
+from florence_vl_hf.quantization import quantization_config
+from florence_vl_hf.training.adapters import lora_config, lora_target_modules, merge_adapter
 from florence_vl_hf.training.arguments import CHECKPOINTING
 
 from ..conftest import FIXTURES, enable_checkpointing, status, tiny_inputs, tiny_model
@@ -203,37 +201,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-class TestQuantization:
-    @pytest.mark.parametrize("bits", [4, 8])
-    @pytest.mark.parametrize("auto_class", [AutoModelForImageTextToText, AutoModel])
-    def test_quantizes_exactly_the_language_model(self, bits, auto_class, directory):
-        model = auto_class.from_pretrained(directory, quantization_config=quantization_config(bits), device_map="cpu")
-        kind = {4: bitsandbytes.nn.Linear4bit, 8: bitsandbytes.nn.Linear8bitLt}[bits]
-        quantized = {name for name, module in model.named_modules() if isinstance(module, kind)}
-        prefix = "" if auto_class is AutoModel else "model."
-        layers = {f"{prefix}language_model.layers.{i}.{name}" for i in range(2) for name in LINEAR_LAYERS["llama"]}
-        assert quantized == layers
-        assert set(get_peft_model(model, lora_config(model)).targeted_module_names) == layers
-
-    def test_each_entry_is_needed(self, directory):
-        """Without the list, or with only the names of the parts, more is quantized."""
-        for skipped, expected in ((None, "model.vision_tower."), (["vision_tower"], "lm_head")):
-            config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
-            model = AutoModelForImageTextToText.from_pretrained(
-                directory, quantization_config=config, device_map="cpu"
-            )
-            kind = bitsandbytes.nn.Linear8bitLt
-            assert any(name.startswith(expected) for name, m in model.named_modules() if isinstance(m, kind))
-
-    def test_four_bits_are_those_of_qlora(self):
-        config = quantization_config(4, compute_dtype=torch.float16)
-        assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("nf4", True)
-        assert config.bnb_4bit_compute_dtype == torch.float16
-
-    def test_other_number_of_bits(self):
-        with pytest.raises(ValueError, match="Got 3 bits, expected 4 or 8"):
-            quantization_config(3)
-
+class TestQLora:
     @pytest.mark.parametrize("bits", [4, 8])
     def test_learns_and_merges_onto_the_unquantized_base(self, bits, directory, tmp_path):
         config = quantization_config(bits, compute_dtype=torch.float32)

@@ -73,9 +73,15 @@ class FlorenceVLProcessor(ProcessorMixin):
         kwargs.pop("num_image_tokens", None)
         return super()._get_arguments_from_pretrained(*args, **kwargs)
 
-    def prepare_inputs_layout(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """As in Transformers; a batch whose samples all have no images, such as `[[]]`, has no `pixel_values`."""
-        images, *other_inputs = super().prepare_inputs_layout(*args, **kwargs)
+    def prepare_inputs_layout(self, images: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """
+        As in Transformers, with samples without images in lists of each sample's images: `[]`, or `None` as in TRL.
+
+        A batch whose samples all have no images, such as `[[]]`, has no `pixel_values`.
+        """
+        if isinstance(images, (list, tuple)):
+            images = [[] if of_sample is None else of_sample for of_sample in images]
+        images, *other_inputs = super().prepare_inputs_layout(images, *args, **kwargs)
         flat_images: Any = [] if images is None else make_flat_list_of_images(images)
         return (images if len(flat_images) > 0 else None, *other_inputs)
 

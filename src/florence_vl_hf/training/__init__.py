@@ -7,7 +7,8 @@ from importlib.util import find_spec
 if find_spec("datasets") is None:
     raise ModuleNotFoundError("Training requires datasets; run `pip install 'florence_vl_hf[train]'`.")
 
-from .adapters import lora_config, lora_target_modules, merge_adapter, quantization_config
+from ..quantization import quantization_config
+from .adapters import lora_config, lora_target_modules, merge_adapter
 from .arguments import RECIPES, FlorenceVLTrainingArguments, read_recipe
 from .collator import FlorenceVLCollator
 from .data_loading import load_conversations

@@ -1,5 +1,5 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""LoRA with peft: where it is applied, quantization of the weights below it, and merging it into its base model."""
+"""LoRA with peft: where it is applied, and merging it into its base model."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..conversion import CheckpointError, load_pretrained
 from ..conversion.checkpoint_files import CHECKPOINT_FILES, output_directory, read_json, resolve_checkpoint
@@ -75,27 +75,6 @@ def lora_config(
         target_modules=lora_target_modules(model),
         modules_to_save=[PROJECTOR] if train_projector else None,
         **settings,
-    )
-
-
-def quantization_config(bits: int, compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
-    """
-    Configure bitsandbytes to quantize only the language model, not the vision tower, the projector or the head.
-
-    Args:
-        bits (`int`): 4, as in QLoRA (NF4 with double quantization), or 8 (LLM.int8).
-        compute_dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): dtype that 4-bit layers compute in.
-    """
-    if bits not in (4, 8):
-        raise ValueError(f"Got {bits!r} bits, expected 4 or 8.")
-    return BitsAndBytesConfig(
-        load_in_4bit=bits == 4,
-        load_in_8bit=bits == 8,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-        # Everything except the language model, in the model with a head and in the one without.
-        llm_int8_skip_modules=["lm_head", "vision_tower", PROJECTOR, "model.vision_tower", f"model.{PROJECTOR}"],
     )
 
 

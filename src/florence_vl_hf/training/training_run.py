@@ -23,7 +23,8 @@ from ..conversion.checkpoint_files import locked
 from ..model_cards import TrainedCard, Training, hub_id, public_name, write_card
 from ..modeling import FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
-from .adapters import lora_config, quantization_config
+from ..quantization import quantization_config
+from .adapters import lora_config
 from .arguments import DataArguments, FlorenceVLTrainingArguments, ModelArguments, parse_recipe
 from .checkpoints import last_complete_checkpoint
 from .collator import FlorenceVLCollator
