@@ -4,12 +4,7 @@
 from lmms_eval.models.registry_v2 import ModelManifest
 
 
-_MODULE = "florence_vl_hf.evaluation.lmms_eval_model"
-
-manifest = ModelManifest(
-    "florence_vl",
-    chat_class_path=f"{_MODULE}.FlorenceVLChat",
-    simple_class_path=f"{_MODULE}.FlorenceVLSimple",
-)
+MODULE = "florence_vl_hf.evaluation.lmms_eval_model"
+manifest = ModelManifest("florence_vl", f"{MODULE}.FlorenceVLSimple", f"{MODULE}.FlorenceVLChat")
 
 __all__ = ["manifest"]

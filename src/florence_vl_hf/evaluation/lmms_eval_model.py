@@ -1,8 +1,7 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""Florence-VL as a model of lmms-eval 0.7: answers of the chat interface, likelihoods of the simple one."""
+"""Florence-VL as a model of lmms-eval: the chat interface generates answers, the simple one also scores given ones."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,110 +32,131 @@ GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "ma
 EXAMPLE_DELIMITER = "\n\n"
 
 
-@dataclass(frozen=True)
-class Question:
-    """A request of lmms-eval. `messages` loads its images."""
+class FlorenceVLSimple(lmms):
+    """
+    The simple interface (`--force_simple`), which multiple choice by likelihood requires.
 
-    context: str
-    messages: Callable[[], list[dict[str, Any]]]
-    settings: dict[str, Any]
-    target: str = ""
+    The arguments are those of `--model_args`. `device` is the `device_map` of `from_pretrained`; under `accelerate
+    launch`, each process has the whole model on its own device. `kwargs` are arguments of `load_pretrained`.
+    """
 
-
-class _FlorenceVL(lmms):
-    """What both interfaces share. The arguments are those of `--model_args`."""
+    is_simple = True
 
     def __init__(
-        self,
-        pretrained: str,
-        batch_size: int | str = 1,
-        device: str = "auto",
-        dtype: str = "auto",
-        attn_implementation: str | None = None,
-        **kwargs: Any,
+        self, pretrained: str, batch_size: int | str = 1, device: str = "auto", dtype: str = "auto", **kwargs: Any
     ) -> None:
-        """
-        Load a converted, trained or original checkpoint.
-
-        Args:
-            pretrained (`str`): Directory or Hub id.
-            batch_size (`int` or `str`, *optional*, defaults to 1): Number of questions per batch.
-            device (`str`, *optional*, defaults to `"auto"`): As `device_map` in `from_pretrained`. Under
-                `accelerate launch`, each process has the whole model on its own device.
-            dtype, attn_implementation: As in `from_pretrained`.
-            kwargs: Other arguments of `load_pretrained`, such as `vision_tower` and `chat_template`.
-        """
         super().__init__()
         self.batch_size = int(batch_size)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        kwargs["device_map"] = str(self.accelerator.device) if self.world_size > 1 else device
-        kwargs["attn_implementation"] = attn_implementation
-        model, self.processor = load_pretrained(pretrained, dtype=dtype, **kwargs)
+        device_map = str(self.accelerator.device) if self.world_size > 1 else device
+        model, self.processor = load_pretrained(pretrained, dtype=dtype, device_map=device_map, **kwargs)
         model.generation_config.update(**GREEDY)
         self.model = model.eval()
         self.device = model.device
 
     @classmethod
-    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "_FlorenceVL":
-        """As in lmms-eval; `--model_args` take precedence over `--batch_size`, which is never absent, and `--device`."""
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Any:
+        """As in lmms-eval. `--model_args` override `--batch_size` and `--device`, which may be defaults."""
         options = {name: value for name, value in (additional_config or {}).items() if value is not None}
         return cls(**options | simple_parse_args_string(arg_string))
 
-    def _question(self, *request: Any) -> Question:
-        raise NotImplementedError
+    def _messages(self, context: str, doc_to_visual: Callable, doc: Any) -> list[dict[str, Any]]:
+        content = [{"type": "image", "image": image} for image in doc_to_visual(doc) or []]
+        return [{"role": "user", "content": [*content, {"type": "text", "text": context}]}]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Generate one answer per request, up to the first of its stop strings."""
-        return self._in_batches([self._question(*request.args) for request in requests], self._answers)
+        order = (0, 1, 2, 3, 4, 5) if self.is_simple else (0, 2, 1, 3, 4, 5)
+        return self._in_batches([tuple(request.args[i] for i in order) for request in requests], self._answers, True)
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise NotImplementedError("Tasks of several rounds are not supported; choose tasks of type `generate_until`.")
 
-    def _in_batches(self, questions: list[Question], compute: Callable[[list[Question]], list[Any]]) -> list[Any]:
-        """Compute results for batches of questions with equal settings and similar length, and restore their order."""
-        collator = Collator(questions, lambda q: -len(q.context), group_fn=lambda q: q.settings, grouping=True)
-        results: list[Any] = []
-        with tqdm(total=len(questions), disable=self.rank != 0, desc="Florence-VL") as progress:
-            for batch in collator.get_batched(n=self.batch_size):
-                results += compute(batch)
-                progress.update(len(batch))
-        return collator.get_original(results)
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """
+        Compute the mean loss of each answer, as lmms-eval's LLaVA does: lmms-eval chooses the answer with the lowest.
 
-    def _encode(self, conversations: list[list[dict[str, Any]]], **kwargs: Any) -> BatchFeature:
-        """Return the inputs of the model, padded on the left."""
-        for item in (item for messages in conversations for message in messages for item in message["content"]):
-            if item["type"] == "text":
+        As in training, the end-of-turn token is part of an answer.
+
+        Returns:
+            `list[GenerationResult]`: Pairs of the loss (`float`) and whether the answer is the greedy one (`bool`).
+        """
+        return self._in_batches([request.args for request in requests], self._losses, grouping=False)
+
+    def _in_batches(self, requests: list[tuple], compute: Callable[[list[tuple]], list[Any]], grouping: bool) -> Any:
+        """Compute results for batches of similar length, with `grouping` of equal settings, and restore the order."""
+        collator = Collator(requests, lambda request: -len(request[0]), lambda request: request[1], grouping=grouping)
+        progress = tqdm(list(collator.get_batched(n=self.batch_size)), disable=self.rank != 0, desc="Batches")
+        return collator.get_original([result for batch in progress for result in compute(batch)])
+
+    def _encode(self, requests: list[tuple], with_answers: bool) -> BatchFeature:
+        """Return the inputs of the model, padded on the left. Answers have a mask."""
+        conversations = []
+        for context, given, load, doc_id, task, split in requests:
+            doc = self.task_dict[task][split][doc_id]
+            messages = self._messages(context, load, doc)
+            if with_answers:
+                answer = (given(doc) if callable(given) else given).strip()
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+            for item in (item for message in messages for item in message["content"] if item["type"] == "text"):
                 # The images are content of their own.
                 item["text"] = item["text"].replace(self.processor.image_token, "")
-        padding = {"padding": True, "padding_side": "left"}
+            conversations.append(messages)
         encoded = self.processor.apply_chat_template(
-            conversations, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=padding, **kwargs
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=not with_answers,
+            return_assistant_tokens_mask=with_answers,
+            processor_kwargs={"padding": True, "padding_side": "left"},
         )
         return encoded.to(self.device, dtype=self.model.dtype)
 
-    def _answers(self, questions: list[Question]) -> list[str]:
-        inputs = self._encode([question.messages() for question in questions], add_generation_prompt=True)
-        ids = self.model.generate(**inputs, **generation_settings(questions[0].settings))
+    def _answers(self, requests: list[tuple]) -> list[str]:
+        settings = requests[0][1]
+        inputs = self._encode(requests, with_answers=False)
+        ids = self.model.generate(**inputs, **generation_settings(settings))
         answers = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], **DECODING)
-        for stop in stop_strings(questions[0].settings):
-            answers = [answer.partition(stop)[0] for answer in answers]
+        until = settings.get("until") or []
+        for stop in [until] if isinstance(until, str) else until:
+            if stop and stop != EXAMPLE_DELIMITER:
+                answers = [answer.partition(stop)[0] for answer in answers]
         return answers
 
+    @torch.inference_mode()
+    def _losses(self, requests: list[tuple]) -> list[GenerationResult]:
+        inputs = self._encode(requests, with_answers=True)
+        is_answer = inputs.pop("assistant_masks").bool()  # (batch_size, length)
+        if not is_answer.any(dim=1).all():
+            raise ValueError("The chat template does not mark answers with `{% generation %}`; give another one.")
+        start = int(is_answer.any(dim=0).int().argmax())
+        is_answer, labels = is_answer[:, start:], inputs["input_ids"][:, start:]
+        # A token is predicted at the position before it.
+        logits = self.model(**inputs, logits_to_keep=labels.shape[1] + 1).logits[:, :-1].float()
+        losses = cross_entropy(logits.transpose(1, 2), labels, reduction="none") * is_answer
+        means = losses.sum(dim=1) / is_answer.sum(dim=1)
+        is_greedy = ((logits.argmax(dim=-1) == labels) | ~is_answer).all(dim=1)
+        # A bare pair would become a string.
+        return [GenerationResult(pair) for pair in zip(means.tolist(), is_greedy.tolist(), strict=True)]
 
-class FlorenceVLChat(_FlorenceVL):
-    """The chat interface, for all tasks that generate answers."""
+
+class FlorenceVLChat(FlorenceVLSimple):
+    """The chat interface, the default of lmms-eval: all tasks that generate answers."""
 
     is_simple = False
 
-    def _question(  # type: ignore[override]  # requests of this interface
-        self, context: str, doc_to_messages: Callable, settings: dict[str, Any], doc_id: int, task: str, split: str
-    ) -> Question:
-        def messages() -> list[dict[str, Any]]:
-            doc = self.task_dict[task][split][doc_id]
-            return ChatMessages(messages=doc_to_messages(doc)).to_hf_messages()
+    def _messages(self, context: str, doc_to_messages: Callable, doc: Any) -> list[dict[str, Any]]:
+        return ChatMessages(messages=doc_to_messages(doc)).to_hf_messages()
 
-        return Question(context, messages, settings)
 
-    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        raise NotImplementedError("The chat interface has no likelihoods; run lmms-eval with --force_simple.")
+def generation_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `generate` for the settings of a task. Zero and `None` mean the default."""
+    do_sample = given.get("temperature") != 0 and bool(given.get("do_sample", given.get("temperature")))
+    names = SETTINGS + (SAMPLING_SETTINGS if do_sample else ())
+    settings = {name: given[name] for name in names if given.get(name)}
+    return {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": do_sample} | settings
+
+
+__all__ = ["FlorenceVLChat", "FlorenceVLSimple"]
