@@ -75,12 +75,9 @@ class FlorenceVLSimple(lmms):
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """
-        Compute the mean loss of each answer, as lmms-eval's LLaVA does: lmms-eval chooses the answer with the lowest.
+        Return pairs of the mean loss of an answer (`float`), and whether it is the greedy one (`bool`).
 
-        As in training, the end-of-turn token is part of an answer.
-
-        Returns:
-            `list[GenerationResult]`: Pairs of the loss (`float`) and whether the answer is the greedy one (`bool`).
+        As in training, its end-of-turn token is part of it. lmms-eval chooses the answer with the lowest loss.
         """
         return self._in_batches([request.args for request in requests], self._losses, grouping=False)
 
