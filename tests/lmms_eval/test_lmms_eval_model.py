@@ -14,7 +14,7 @@ import torch
 from torch.testing import assert_close
 
 from florence_vl_hf.conversion import load_pretrained
-from florence_vl_hf.evaluation.lmms_eval_model import generation_settings
+from florence_vl_hf.evaluation.lmms_eval_model import generation_settings, stop_strings
 from florence_vl_hf.serving import DECODING
 
 from ..conftest import Golden
@@ -161,3 +161,10 @@ def test_simple_interface_scores_choices(golden, converted, loaded, run_folder):
 )
 def test_generation_settings(given, expected):
     assert generation_settings(given) == {"max_new_tokens": 1024} | expected
+
+
+@pytest.mark.parametrize(
+    ("until", "expected"), [(None, []), ("Q:", ["Q:"]), (["\n\n"], []), (["", "\n", "</s>"], ["\n", "</s>"])]
+)
+def test_stop_strings(until, expected):
+    assert stop_strings({"until": until}) == expected

@@ -24,8 +24,6 @@ MAX_NEW_TOKENS = 1024
 # What a task may set. Other keywords, such as `image_aspect_ratio`, are for other models.
 SETTINGS = ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "repetition_penalty")
 SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "min_p")
-# In place of the model's own settings of sampling. These are the defaults: generation warns about others.
-GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "max_length": None}
 
 # lmms-eval adds this delimiter of examples to most tasks. As in its own models, it does not end an answer, which may
 # have several paragraphs.
@@ -51,7 +49,7 @@ class FlorenceVLSimple(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         device_map = str(self.accelerator.device) if self.world_size > 1 else device
         model, self.processor = load_pretrained(pretrained, dtype=dtype, device_map=device_map, **kwargs)
-        model.generation_config.update(**GREEDY)
+        model.generation_config.max_length = None  # Generation warns about it beside `max_new_tokens`.
         self.model = model.eval()
         self.device = model.device
 
@@ -116,10 +114,8 @@ class FlorenceVLSimple(lmms):
         inputs = self._encode(requests, with_answers=False)
         ids = self.model.generate(**inputs, **generation_settings(settings))
         answers = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], **DECODING)
-        until = settings.get("until") or []
-        for stop in [until] if isinstance(until, str) else until:
-            if stop and stop != EXAMPLE_DELIMITER:
-                answers = [answer.partition(stop)[0] for answer in answers]
+        for stop in stop_strings(settings):
+            answers = [answer.partition(stop)[0] for answer in answers]
         return answers
 
     @torch.inference_mode()
@@ -154,6 +150,12 @@ def generation_settings(given: dict[str, Any]) -> dict[str, Any]:
     names = SETTINGS + (SAMPLING_SETTINGS if do_sample else ())
     settings = {name: given[name] for name in names if given.get(name)}
     return {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": do_sample} | settings
+
+
+def stop_strings(given: dict[str, Any]) -> list[str]:
+    """Return the strings that end an answer."""
+    until = given.get("until") or []
+    return [stop for stop in ([until] if isinstance(until, str) else until) if stop not in ("", EXAMPLE_DELIMITER)]
 
 
 __all__ = ["FlorenceVLChat", "FlorenceVLSimple"]
