@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from lmms_eval.tasks import TaskManager
+from lmms_eval.utils import load_yaml_config
 from torch.testing import assert_close
 
 from florence_vl_hf.conversion import load_pretrained
 from florence_vl_hf.evaluation.lmms_eval_model import generation_settings, stop_strings
+from florence_vl_hf.model_cards.published import PUBLISHED_RESULTS
 from florence_vl_hf.serving import DECODING
 
 from ..conftest import Golden
@@ -53,7 +57,7 @@ def lmms_eval(
     # Without this verbosity, a failed evaluation exits with 0.
     command += ["--verbosity", "DEBUG", *options]
     environment = os.environ | {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     [scores] = output.glob("*/*_results.json")
     samples = {}
@@ -69,10 +73,11 @@ def answers(samples: list[dict[str, Any]]) -> list[str]:
     return [sample["filtered_resps"] for sample in samples]
 
 
-def conversation(golden: Golden, question: dict[str, Any]) -> list[dict[str, Any]]:
+def encode(golden: Golden, processor: Any, question: dict[str, Any], *turns: dict[str, Any], **kwargs: Any) -> Any:
     content = [{"type": "image", "path": str(golden.image_path(name))} for name in question["images"]]
-    text = question["question"].replace("<image>", "")
-    return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+    text = {"type": "text", "text": question["question"].replace("<image>", "")}
+    messages = [{"role": "user", "content": [*content, text]}, *turns]
+    return processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -85,40 +90,29 @@ def generated(golden: Golden, loaded: tuple[Any, Any], max_new_tokens: int) -> l
     model, processor = loaded
     texts = []
     for question in QUESTIONS:
-        inputs = processor.apply_chat_template(
-            conversation(golden, question),
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        inputs = encode(golden, processor, question, add_generation_prompt=True)
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         texts.append(processor.decode(ids[0, inputs["input_ids"].shape[1] :], **DECODING).strip())
     return texts
 
 
 def test_batched_answers_are_those_of_generate(golden, converted, loaded, run_folder):
-    model_args = {"pretrained": converted, "attn_implementation": "eager"}
+    model_args = {"pretrained": converted, "attn_implementation": "eager", "device": "cpu"}
     scores, samples = lmms_eval(run_folder, "paragraphs,questions", model_args, "--batch_size", "3")
     expected = generated(golden, loaded, 16)
     assert len(set(expected)) > 1
     assert answers(samples["paragraphs"]) == expected
-    stopped = [text.partition("e")[0].strip() for text in generated(golden, loaded, 12)]
-    assert stopped != generated(golden, loaded, 12)
-    assert answers(samples["questions"]) == stopped
+    whole = generated(golden, loaded, 12)
+    stopped = [text.partition("e")[0].strip() for text in whole]
+    assert answers(samples["questions"]) == stopped != whole
     assert scores["paragraphs"]["exact_match,none"] == 0
 
 
-def test_original_checkpoint_one_by_one(golden, loaded, run_folder):
-    model_args = {"pretrained": golden.checkpoint, "batch_size": 1, "device": "cpu"}
+def test_original_checkpoint_one_by_one_in_two_processes(golden, loaded, run_folder):
+    model_args = {"pretrained": golden.checkpoint, "batch_size": 1}
     if golden.vision_tower is not None:
         model_args["vision_tower"] = golden.vision_tower
-    _, samples = lmms_eval(run_folder, "paragraphs", model_args)
-    assert answers(samples["paragraphs"]) == generated(golden, loaded, 16)
-
-
-def test_two_processes(golden, converted, loaded, run_folder):
-    _, samples = lmms_eval(run_folder, "paragraphs", {"pretrained": converted, "batch_size": 2}, launch=ACCELERATE)
+    _, samples = lmms_eval(run_folder, "paragraphs", model_args, launch=ACCELERATE)
     assert answers(samples["paragraphs"]) == generated(golden, loaded, 16)
 
 
@@ -132,13 +126,8 @@ def test_simple_interface_scores_choices(golden, converted, loaded, run_folder):
     for question, sample in zip(QUESTIONS, samples["choices"], strict=True):
         losses = []
         for choice in question["choices"]:
-            inputs = processor.apply_chat_template(
-                [*conversation(golden, question), {"role": "assistant", "content": choice}],
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                return_assistant_tokens_mask=True,
-            )
+            turn = {"role": "assistant", "content": choice}
+            inputs = encode(golden, processor, question, turn, return_assistant_tokens_mask=True)
             is_answer = torch.as_tensor(inputs.pop("assistant_masks")).bool()
             labels = inputs["input_ids"].masked_fill(~is_answer, -100)
             losses.append(model(**inputs, labels=labels).loss.item())
@@ -168,3 +157,18 @@ def test_generation_settings(given, expected):
 )
 def test_stop_strings(until, expected):
     assert stop_strings({"until": until}) == expected
+
+
+def test_documented_benchmarks():
+    """The tasks of the command exist, with the metrics of the table, which has the paper's numbers."""
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    [tasks] = re.findall(r"--tasks ([\w,]+)", text.replace("\\\n", ""))
+    rows = re.findall(r"^\| (\S+) \| `(\w+)` \| `(\w+)` \| ([\d.]+) \| ([\d.]+) \|", text, flags=re.MULTILINE)
+    assert {name: (float(large), float(small)) for name, _, _, small, large in rows} == PUBLISHED_RESULTS
+    assert list(dict.fromkeys(task for _, task, *_ in rows)) == tasks.split(",")
+    index = TaskManager().task_index
+    for _, task, metric, *_ in rows:
+        config = load_yaml_config(index[task]["yaml_path"])
+        if isinstance(config["task"], list):  # a group
+            config = load_yaml_config(index[config["task"][0]]["yaml_path"])
+        assert metric in {entry["metric"] for entry in config["metric_list"]}
