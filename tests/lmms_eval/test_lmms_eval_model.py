@@ -24,9 +24,6 @@ from florence_vl_hf.serving import DECODING
 from ..conftest import Golden
 
 
-LMMS_EVAL = ("-m", "lmms_eval")
-ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", *LMMS_EVAL)
-
 # Of different lengths, with zero to two images; `<image>` is not one more image.
 QUESTIONS = [
     {"images": ["odd.jpg"], "question": "What is it?", "answer": "red", "choices": ["red", "blue and green"]},
@@ -47,18 +44,28 @@ def run_folder(golden: Golden, tmp_path: Path) -> Path:
 
 
 def lmms_eval(
-    folder: Path, tasks: str, model_args: dict[str, Any], *options: str, launch: tuple[str, ...] = LMMS_EVAL
+    folder: Path, tasks: str, model_args: dict[str, Any], *options: str, processes: int = 1
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Run the command, and return scores and samples by task."""
     arguments = ",".join(f"{name}={value}" for name, value in (model_args | {"dtype": "float32"}).items())
     output = folder / "output"
-    command = [sys.executable, *launch, "--model", "florence_vl", "--model_args", arguments, "--tasks", tasks]
-    command += ["--include_path", str(Path(__file__).parent / "tasks"), "--output_path", str(output), "--log_samples"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
+    command = [sys.executable, *launch, "-m", "lmms_eval", "--model", "florence_vl", "--model_args", arguments]
+    command += [
+        "--tasks",
+        tasks,
+        "--include_path",
+        str(Path(__file__).parent / "tasks"),
+        "--output_path",
+        str(output),
+        "--log_samples",
+    ]
     # Without this verbosity, a failed evaluation exits with 0.
     command += ["--verbosity", "DEBUG", *options]
     environment = os.environ | {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert all(f"Running on rank {rank} " in result.stdout + result.stderr for rank in range(processes))
     [scores] = output.glob("*/*_results.json")
     samples = {}
     for task in tasks.split(","):
@@ -112,7 +119,7 @@ def test_original_checkpoint_one_by_one_in_two_processes(golden, loaded, run_fol
     model_args = {"pretrained": golden.checkpoint, "batch_size": 1}
     if golden.vision_tower is not None:
         model_args["vision_tower"] = golden.vision_tower
-    _, samples = lmms_eval(run_folder, "paragraphs", model_args, launch=ACCELERATE)
+    _, samples = lmms_eval(run_folder, "paragraphs", model_args, processes=2)
     assert answers(samples["paragraphs"]) == generated(golden, loaded, 16)
 
 
