@@ -51,15 +51,8 @@ def lmms_eval(
     output = folder / "output"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
     command = [sys.executable, *launch, "-m", "lmms_eval", "--model", "florence_vl", "--model_args", arguments]
-    command += [
-        "--tasks",
-        tasks,
-        "--include_path",
-        str(Path(__file__).parent / "tasks"),
-        "--output_path",
-        str(output),
-        "--log_samples",
-    ]
+    command += ["--tasks", tasks, "--include_path", str(Path(__file__).parent / "tasks")]
+    command += ["--output_path", str(output), "--log_samples"]
     # Without this verbosity, a failed evaluation exits with 0.
     command += ["--verbosity", "DEBUG", *options]
     environment = os.environ | {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
