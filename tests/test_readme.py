@@ -65,7 +65,7 @@ def test_training(model, processor, data_file, golden, tmp_path):
 
 
 def test_files_of_the_table_exist():
-    rooms = "modeling|processing|conversion|model_cards|training|serving|../florence_vl_cli"
+    rooms = "modeling|processing|conversion|model_cards|training|evaluation|serving|../florence_vl_cli"
     paths = re.findall(rf"`((?:{rooms})/[\w./*]+)`", README)
     assert "../florence_vl_cli/*.py" in paths
     assert len(paths) > 15

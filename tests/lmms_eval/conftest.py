@@ -1,0 +1,7 @@
+# Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
+"""Tests of the plug-in for lmms-eval, which `make test-lmms-eval` runs in an environment of its own."""
+
+from importlib.util import find_spec
+
+
+collect_ignore_glob = [] if find_spec("lmms_eval") else ["test_*.py"]
