@@ -28,6 +28,7 @@ SMALL_FILES = {
     "config.json",
     "configuration_florence_vl.py",
     "generation_config.json",
+    "generation_florence_vl.py",
     "modeling_florence_vl.py",
     "processing_florence_vl.py",
     "processor_config.json",

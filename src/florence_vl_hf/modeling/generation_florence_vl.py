@@ -8,38 +8,50 @@
 # specific language governing permissions and limitations under the License.
 """Generation of Florence-VL: no image is encoded twice, and little padding is computed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
+from .configuration_florence_vl import FlorenceVLConfig
 from .transformers_compat import CACHE
 
 
+def encoder_outputs(features: Any) -> dict[str, BaseModelOutputWithPooling]:
+    """Return what `generate` accepts in place of `pixel_values`: features of each image, in a list."""
+    return {"image": BaseModelOutputWithPooling(pooler_output=features)}
+
+
 class FlorenceVLGenerationMixin(GenerationMixin):
+    # Of the model that this is mixed into.
+    config: FlorenceVLConfig
+    get_image_features: Callable[..., Any]
+
     @torch.no_grad()
     def generate(self, *args: Any, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """As in Transformers; `pixel_values` may be `None`, and equal images of a batch are encoded once."""
         if pixel_values is not None:
             if kwargs.get("mm_encoder_outputs") is not None:
                 raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
-            kwargs["mm_encoder_outputs"] = {"image": self._encode_distinct_images(pixel_values)}
+            kwargs["mm_encoder_outputs"] = encoder_outputs(self._encode_distinct_images(pixel_values))
         return super().generate(*args, **kwargs)
 
-    def _encode_distinct_images(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+    def _encode_distinct_images(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         is_equal = torch.stack([(pixel_values == image).flatten(1).all(dim=1) for image in pixel_values])
         is_equal.fill_diagonal_(True)  # an image with NaN is not equal to itself
         first_equal = is_equal.int().argmax(dim=1).tolist()  # the index of the first image that equals each
         distinct = sorted(set(first_equal))
         output = self.get_image_features(pixel_values[distinct], return_dict=True)
         features = dict(zip(distinct, output.pooler_output, strict=True))
-        return BaseModelOutputWithPooling(pooler_output=[features[i] for i in first_equal])
+        return [features[i] for i in first_equal]
 
     def _prefill(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: Any,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
         is_first_iteration: bool = True,
@@ -50,26 +62,29 @@ class FlorenceVLGenerationMixin(GenerationMixin):
         In a single forward, each sample is padded by hundreds of positions for each image that it has less, which
         takes longer than one forward per sample. Samples of one length share a forward, and so do all without images.
         """
+        one_forward: Callable[..., Any] = super()._prefill  # type: ignore[misc]  # upstream's type of `self`
         num_images = (input_ids == self.config.image_token_id).sum(dim=1) // self.config.num_image_tokens
-        if not self._can_prefill_apart(input_ids, num_images, generation_config, model_kwargs):
-            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        if not is_first_iteration or not self._can_prefill_apart(
+            input_ids, num_images, generation_config, model_kwargs
+        ):
+            return one_forward(input_ids, generation_config, model_kwargs, is_first_iteration)
 
         features = model_kwargs["mm_encoder_outputs"]["image"].pooler_output
         images_of = torch.arange(len(features)).split(num_images.tolist())
         lengths = model_kwargs["attention_mask"].sum(dim=1)
         if (num_images == 0).any():
             lengths = lengths.where(num_images > 0, lengths[num_images == 0].max())
-        logits, states = torch.empty(0), []
+        logits = torch.empty(0)
+        states: list[list[torch.Tensor]] = []  # keys and values of each layer
         for length in lengths.unique().tolist():
-            rows = (lengths == length).nonzero().flatten()
+            rows = (lengths == length).nonzero().flatten().tolist()  # indexes tensors of all devices
             inputs = {
                 name: value[rows, -length:] if torch.is_tensor(value) and value.shape == input_ids.shape else value
                 for name, value in model_kwargs.items()
             }
-            images = [features[i] for row in rows.tolist() for i in images_of[row]]
-            encoded = {"image": BaseModelOutputWithPooling(pooler_output=images)} if images else None
-            inputs |= {"mm_encoder_outputs": encoded, CACHE: DynamicCache()}
-            outputs = super()._prefill(input_ids[rows, -length:], generation_config, inputs, is_first_iteration)
+            images = [features[i] for row in rows for i in images_of[row]]
+            inputs |= {"mm_encoder_outputs": encoder_outputs(images) if images else None, CACHE: DynamicCache()}
+            outputs = one_forward(input_ids[rows, -length:], generation_config, inputs, is_first_iteration)
 
             if not states:
                 logits = outputs.logits.new_empty(len(input_ids), 1, outputs.logits.shape[-1])
@@ -91,8 +106,8 @@ class FlorenceVLGenerationMixin(GenerationMixin):
 
     def _can_prefill_apart(
         self,
-        input_ids: torch.LongTensor,
-        num_images: torch.LongTensor,
+        input_ids: Any,
+        num_images: torch.Tensor,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
     ) -> bool:
@@ -107,6 +122,7 @@ class FlorenceVLGenerationMixin(GenerationMixin):
             and bool(attention_mask[:, -1].all())  # padded on the left
             and type(cache) is DynamicCache
             and cache.get_seq_length() == 0
+            and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
             and model_kwargs.get("inputs_embeds") is None
             and generation_config.prefill_chunk_size is None
             and not (generation_config.output_attentions or generation_config.output_hidden_states)
@@ -117,6 +133,6 @@ class FlorenceVLGenerationMixin(GenerationMixin):
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]  # upstream's type of `self`
         # Here and not in the generation config, which users replace: an image token without an image cannot be read.
-        device = str(kwargs.get("device") or self.device)
+        device = str(kwargs.get("device") or self.device)  # type: ignore[attr-defined]
         processors.append(SuppressTokensLogitsProcessor([self.config.image_token_id], device=device))
         return processors
