@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 
 # Of the baselines that most rows have. The others are in the table.
-COLORS = {"original": "#2a78d6", "peer": "#e0862b", "limit": "#6b6b6b"}
-TICKS = (0.1, 0.25, 0.5, 1, 2, 4, 10)
+COLORS = {"original": "#2a78d6", "peer": "#e0862b", "limit": "#6b6b6b", "one by one": "#2e8b57"}
+TICKS = (0.05, 0.2, 0.5, 1, 2, 5, 20, 50)
 
 
 def plot(
@@ -32,7 +32,7 @@ def plot(
             [row["ratio"] - row["spread"][0] for row in found],
             [row["spread"][1] - row["ratio"] for row in found],
         ]
-        heights = [names.index(row["name"]) + 0.2 * (i - 1) for row in found]
+        heights = [names.index(row["name"]) + 0.15 * (i - 1.5) for row in found]
         axes.errorbar(ratios, heights, xerr=spread, fmt="o", markersize=5, color=color, label=baseline)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
