@@ -34,7 +34,7 @@ def serve(
     from florence_vl_hf.serving.server import build_app
 
     # Before the model, which takes long to load. Requests wait for it.
-    with _listen(host, port) as listener:
+    with listen(host, port) as listener:
         network, processor = load_pretrained(model, dtype="auto", device_map=device)
         app = build_app(model, network, processor, max_request_size * 10**6, allow_private_urls)
         address = f"[{host}]" if ":" in host else host
@@ -43,7 +43,8 @@ def serve(
             uvicorn.Server(uvicorn.Config(app)).run(sockets=[listener])
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens, or raise an `OSError` that says what to do."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
