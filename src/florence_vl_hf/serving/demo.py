@@ -16,6 +16,7 @@ from transformers import GenerationConfig, StoppingCriteriaList, TextIteratorStr
 
 from ..analysis import feature_maps
 from ..modeling import FlorenceVLForConditionalGeneration
+from ..modeling.configuration_florence_vl import IMAGE_FEATURE
 from ..processing import FlorenceVLProcessor
 from .chat import DECODING, ChatSession, load_image, require_chat_template
 
@@ -27,9 +28,14 @@ QUESTIONS = (
 )
 # Longest side of the images beside the chat, in pixels.
 MAX_SHOWN_SIDE = 768
+CSS = """
+#chat .message img { max-height: 12em; object-fit: contain }
+#maps, #maps * { max-height: none }
+"""
 # Arguments of `Blocks.launch`. The fonts are those of the system: the page requests nothing from other hosts.
 LAUNCH: dict[str, Any] = {
     "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+    "css": CSS,
     "footer_links": [],
     "run_history": False,
     "ssr_mode": False,
@@ -74,6 +80,11 @@ def stream_answer(conversation: Conversation, question: str, settings: Generatio
         future.result()
 
 
+def as_text(text: str) -> dict[str, str]:
+    """Return content of a message of gr.Chatbot, which displays HTML even where it displays no Markdown."""
+    return {"type": "text", "text": html.escape(text)}
+
+
 def paint(feature_map: torch.Tensor, image: Image.Image, is_padded: bool, resample: Image.Resampling) -> Image.Image:
     """Resize a map of shape `(height, width, 3)` to an image, which the processor padded to a square or not."""
     width, height = (max(image.size),) * 2 if is_padded else image.size
@@ -101,7 +112,7 @@ def build_demo(
     require_chat_template(processor)
     model = model.eval()
     is_padded = bool(getattr(processor.image_processor, "do_pad", False))
-    examples = [{"text": question} for question in QUESTIONS]
+    examples: list[Any] = [{"text": question} for question in QUESTIONS]
     examples += [{"text": QUESTIONS[0], "files": [image]} for image in images]
     idle: dict[str, Any] = {"submit_btn": True, "stop_btn": False, "interactive": True}
 
@@ -119,9 +130,10 @@ def build_demo(
         resample = Image.Resampling.BICUBIC if is_smooth else Image.Resampling.NEAREST
         shown = []
         for i, (image, maps) in enumerate(conversation.images, start=1):
-            label = f"{i}: " if len(conversation.images) > 1 else ""
-            shown.append((image, f"{label}input"))
-            shown += [(paint(maps[key], image, is_padded, resample), f"{label}{key}") for key in maps]
+            shown.append((image, f"image {i}"))
+            for key, feature_map in maps.items():
+                label = "V" if key == IMAGE_FEATURE else key
+                shown.append((paint(feature_map, image, is_padded, resample), f"{i}: {label}"))
         return shown
 
     def respond(
@@ -135,11 +147,10 @@ def build_demo(
         session, question = conversation.session, draft["text"]
         num_images = len(conversation.images)
         settings = deepcopy(model.generation_config)
-        sampling = {"temperature": temperature, "top_p": top_p} if temperature else {"temperature": None, "top_p": None}
-        settings.update(
-            max_new_tokens=max_new_tokens, max_length=None, num_beams=1, do_sample=temperature > 0, **sampling
-        )
-        content = [*({"path": path} for path in draft["files"]), {"type": "text", "text": question}]
+        settings.update(max_new_tokens=max_new_tokens, max_length=None, num_beams=1, do_sample=temperature > 0)
+        # Transformers warns of values that greedy search ignores.
+        settings.update(temperature=temperature or None, top_p=top_p if temperature else None)
+        content = [*({"path": path} for path in draft["files"]), as_text(question)]
         messages = [*conversation.messages, {"role": "user", "content": content}]
         conversation.stop.clear()
         busy = gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True, interactive=False)
@@ -149,24 +160,26 @@ def build_demo(
                 raise ValueError("There is no question; type one.")
             # All, before the first is encoded.
             for image in [load_image(path) for path in draft["files"]]:
-                features = session.add_image(image).features
+                features = session.add_image(image).features or {}
                 image.thumbnail((MAX_SHOWN_SIDE, MAX_SHOWN_SIDE))
                 conversation.images.append((image, feature_maps(features, model.config)))
+            if draft["files"]:
                 yield {gallery: show_images(conversation, is_smooth)}
+            messages.append({"role": "assistant", "content": []})
             text = ""
             for part in stream_answer(conversation, question, settings):
                 text += part
-                answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-                yield {chatbot: [*messages, answer]}
+                messages[-1] = {"role": "assistant", "content": [as_text(text)]}
+                yield {chatbot: messages}
         except (ValueError, torch.OutOfMemoryError) as error:
             # As if the question had not been sent.
             session.new_images = []
             del session.features[num_images:], conversation.images[num_images:]
-            gr.Warning(html.escape(str(error)), duration=None, title="Not answered")
+            gr.Warning(html.escape(str(error)), duration=None)
             restored = gr.MultimodalTextbox(value=draft, **idle)
             yield {box: restored, chatbot: conversation.messages, gallery: show_images(conversation, is_smooth)}
         else:
-            conversation.messages = [*messages, answer]
+            conversation.messages = messages
             yield {box: gr.MultimodalTextbox(**idle)}
 
     with gr.Blocks(title="Florence-VL", analytics_enabled=False, fill_width=True) as demo:
@@ -174,7 +187,13 @@ def build_demo(
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
                 chatbot = gr.Chatbot(
-                    label=name, height="60vh", examples=examples, render_markdown=False, feedback_options=None
+                    label=name,
+                    height="60vh",
+                    examples=examples,
+                    render_markdown=False,
+                    buttons=[],  # "copy" would copy escaped text, "share" sends the chat to the Hub
+                    allow_file_downloads=False,
+                    elem_id="chat",
                 )
                 box = gr.MultimodalTextbox(
                     label="Question",
@@ -185,17 +204,24 @@ def build_demo(
                     max_plain_text_length=10**6,  # longer text would become a file
                 )
                 with gr.Accordion("Settings", open=False):
-                    tokens = gr.Slider(1, 4096, max_new_tokens, step=1, label="Maximum number of new tokens")
+                    limit = max(4096, max_new_tokens)
+                    tokens = gr.Slider(1, limit, max_new_tokens, step=1, label="Maximum number of new tokens")
                     temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 does not sample.")
                     top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top p", info="Used if the temperature is not 0.")
                     is_smooth = gr.Checkbox(False, label="Smooth feature maps")
             with gr.Column(scale=2, min_width=320):
                 gallery = gr.Gallery(
-                    label="What the encoder sees", columns=2, height="auto", object_fit="contain", interactive=False
+                    label="What the encoder sees",
+                    columns=2,
+                    height="auto",
+                    object_fit="contain",
+                    interactive=False,
+                    elem_id="maps",
                 )
                 gr.Markdown(
-                    "First three principal components of the features as red, green and blue: of the image without a "
-                    "prompt (`image`), and under each prompt. Similar colours of a map are similar features."
+                    "The first three principal components of features, as red, green and blue: of V, which the "
+                    "encoder computes without a prompt, and of its output for each prompt. Where the colours of a "
+                    "map are alike, so are the features."
                 )
         outputs: list[Any] = [state, chatbot, gallery, box]
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
