@@ -202,6 +202,7 @@ def build_demo(
                     file_types=["image"],
                     file_count="multiple",
                     max_plain_text_length=10**6,  # longer text would become a file
+                    interactive=False,  # until there is a conversation
                 )
                 with gr.Accordion("Settings", open=False):
                     limit = max(4096, max_new_tokens)
