@@ -10,6 +10,7 @@ from typer import Option
 
 from .chat import chat
 from .convert import assemble, convert, export, verify
+from .demo import demo
 from .eval import evaluate
 from .hub import push
 from .predict import predict
@@ -18,7 +19,7 @@ from .train import check_data, merge, train
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (convert, export, assemble, verify, check_data, train, merge, chat, predict, serve, push):
+for command in (convert, export, assemble, verify, check_data, train, merge, chat, predict, serve, demo, push):
     app.command()(command)
 app.command("eval")(evaluate)
 

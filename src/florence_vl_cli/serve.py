@@ -37,7 +37,7 @@ def serve(
 
     quantization_config = quantization(load_in_4bit, load_in_8bit)
     # Before the model, which takes long to load. Requests wait for it.
-    with _listen(host, port) as listener:
+    with listen(host, port) as listener:
         network, processor = load_pretrained(
             model, dtype="auto", device_map=device, quantization_config=quantization_config
         )
@@ -48,7 +48,8 @@ def serve(
             uvicorn.Server(uvicorn.Config(app)).run(sockets=[listener])
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens, or raise an `OSError` that says what to do."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)

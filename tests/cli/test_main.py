@@ -19,6 +19,7 @@ COMMANDS = [
     "chat",
     "check-data",
     "convert",
+    "demo",
     "eval",
     "export",
     "merge",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from transformers import GenerationConfig, image_utils
+from transformers import GenerationConfig, StoppingCriteriaList, image_utils
 from transformers.generation.streamers import BaseStreamer
 
 from ..modeling import FlorenceVLForConditionalGeneration
@@ -78,9 +78,9 @@ class ChatSession:
         # Projected features of all images in order, each of shape (num_image_tokens, text_hidden_size).
         self.features: list[torch.Tensor] = []
 
-    def add_image(self, image: Image.Image | str) -> None:
+    def add_image(self, image: Image.Image | str) -> FlorenceVLImageFeaturesOutput:
         """
-        Encode an image, and add it to the next turn.
+        Encode an image, add it to the next turn, and return the output of `get_image_features`.
 
         Args:
             image (`PIL.Image` or `str`): An image, or its path or URL.
@@ -94,9 +94,14 @@ class ChatSession:
             output = self.model.get_image_features(pixel_values.to(self.model.device), return_dict=True)
         self.new_images.append(image)
         self.features += output.pooler_output
+        return output
 
     def answer(
-        self, question: str, streamer: BaseStreamer | None = None, generation_config: GenerationConfig | None = None
+        self,
+        question: str,
+        streamer: BaseStreamer | None = None,
+        generation_config: GenerationConfig | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
     ) -> str:
         """
         Answer a question about all images so far, and add both to the history.
@@ -105,6 +110,7 @@ class ChatSession:
             question (`str`): Text of the user's turn.
             streamer (`BaseStreamer`, *optional*): Receives each token of the answer when it is generated.
             generation_config (`GenerationConfig`, *optional*): Replaces the model's own.
+            stopping_criteria (`StoppingCriteriaList`, *optional*): End the answer, which is kept.
 
         Raises:
             ValueError: If the question contains the image token, or the conversation is longer than the model's
@@ -126,7 +132,9 @@ class ChatSession:
         # What `generate` takes instead of pixel values, so that the vision tower does not run again.
         if inputs.pop("pixel_values", None) is not None:
             inputs["mm_encoder_outputs"] = {"image": FlorenceVLImageFeaturesOutput(pooler_output=self.features)}
-        output_ids = self.model.generate(**inputs, streamer=streamer, generation_config=generation_config)
+        output_ids = self.model.generate(
+            **inputs, streamer=streamer, generation_config=generation_config, stopping_criteria=stopping_criteria
+        )
         answer = self.processor.decode(output_ids[0, num_tokens:], **DECODING).strip()
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         self.new_images = []
