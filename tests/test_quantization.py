@@ -1,5 +1,6 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,14 @@ class TestCommandLine:
     def test_both_options(self, command, capfd):
         assert status(command, "anywhere", "--load-in-4bit", "--load-in-8bit") == 2
         assert "choose one" in capfd.readouterr().err
+
+    @pytest.mark.parametrize("golden", ["llama-small"], indirect=True, scope="session")
+    def test_answers_of_other_weights_are_not_mixed(self, golden, converted, tmp_path):
+        output = tmp_path / "answers.jsonl"
+        command = ["predict", golden.folder / "images", converted, "--question", "What?", "--output", output]
+        command += ["--device", "cpu", "--max-new-tokens", "2"]
+        assert status(*command, "--load-in-8bit") == 0
+        settings = json.loads((tmp_path / "answers.jsonl.settings.json").read_text())
+        assert settings["quantization_config"]["load_in_8bit"]
+        assert status(*command, "--load-in-8bit") == 0
+        assert status(*command) == 1

@@ -28,6 +28,8 @@ def evaluate(
     batch_size: options.BatchSize = 8,
     dtype: options.Dtype = None,
     device: options.Device = "auto",
+    load_in_4bit: options.LoadIn4bit = False,
+    load_in_8bit: options.LoadIn8bit = False,
 ) -> None:
     """Answer the last question of each sample, and score the answers. The same command resumes an interrupted run."""
     from florence_vl_hf import evaluation
@@ -42,5 +44,6 @@ def evaluate(
         batch_size=batch_size,
         dtype=options.torch_dtype(dtype),
         device=device,
+        quantization_config=options.quantization(load_in_4bit, load_in_8bit),
     )
     options.echo_once(f"{evaluation.format_scores(scores)}\nOpen {output / 'report.html'} to see the samples.")

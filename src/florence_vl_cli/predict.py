@@ -21,6 +21,8 @@ def predict(
     batch_size: options.BatchSize = 8,
     dtype: options.Dtype = None,
     device: options.Device = "auto",
+    load_in_4bit: options.LoadIn4bit = False,
+    load_in_8bit: options.LoadIn8bit = False,
 ) -> None:
     """Answer the last question of each sample. The same command resumes an interrupted run."""
     from florence_vl_hf import evaluation
@@ -34,6 +36,7 @@ def predict(
         batch_size=batch_size,
         dtype=options.torch_dtype(dtype),
         device=device,
+        quantization_config=options.quantization(load_in_4bit, load_in_8bit),
     )
     errors = [record["error"] for record in answers if "error" in record]
     if len(errors) == len(answers):

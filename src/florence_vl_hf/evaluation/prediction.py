@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..conversion import load_pretrained
 from ..conversion.checkpoint_files import CHECKPOINT_FILES, locked, read_json
@@ -40,6 +41,7 @@ def predict(
     batch_size: int = 8,
     dtype: torch.dtype | None = None,
     device: str = "auto",
+    quantization_config: QuantizationConfigMixin | None = None,
 ) -> list[dict[str, Any]]:
     """
     Answer the last question of each sample greedily, and write the answers to a file.
@@ -56,6 +58,7 @@ def predict(
         batch_size (`int`, *optional*, defaults to 8): Number of samples per batch, or of requests at the same time.
         dtype (`torch.dtype`, *optional*): Dtype of the weights. By default, that of the given model.
         device (`str`, *optional*, defaults to `"auto"`): Device of the model, if one process runs.
+        quantization_config (*optional*): As in `from_pretrained`, such as one of `quantization.quantization_config`.
 
     Returns:
         `list[dict]`: In the order of `samples`: `id`, `question`, `images` (paths), `references` (reference answers),
@@ -76,6 +79,7 @@ def predict(
         # In nanoseconds. A directory may hold another model later.
         "model_modified": max((file.stat().st_mtime_ns for file in model_files), default=None),
         "dtype": None if dtype is None else str(dtype),
+        "quantization_config": None if quantization_config is None else quantization_config.to_dict(),
         "max_new_tokens": max_new_tokens,
         "num_samples": len(samples),
         "samples": hashlib.sha256("".join(map(_to_line, texts)).encode()).hexdigest(),
@@ -85,7 +89,9 @@ def predict(
         if server is not None:
             return request_answers(samples, indices, server, str(model), max_new_tokens, batch_size)
         device_map = device if state.num_processes == 1 else state.device
-        loaded, processor = load_pretrained(model, dtype=dtype or "auto", device_map=device_map)
+        loaded, processor = load_pretrained(
+            model, dtype=dtype or "auto", device_map=device_map, quantization_config=quantization_config
+        )
         return generate_answers(samples, indices, loaded.eval(), processor, max_new_tokens, batch_size)
 
     state = PartialState(cpu=device == "cpu", timeout=MAX_WAITING_TIME)
