@@ -2,6 +2,7 @@
 """Tiny models, and recorded outputs of the original to compare them with."""
 
 import json
+import signal
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from florence_vl_cli import main
 from florence_vl_hf import FlorenceVLConfig, FlorenceVLForConditionalGeneration, FlorenceVLProcessor
 from florence_vl_hf.conversion import convert
+
+
+# Ignored in commands that a shell runs in the background, and then in all processes that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
