@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel, StoppingCriteria
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from florence_vl_hf.modeling.generation_florence_vl import encoder_outputs
 from florence_vl_hf.modeling.transformers_compat import CACHE
 from florence_vl_hf.processing import IMAGE_TOKEN
 from florence_vl_hf.serving import ChatSession
@@ -187,10 +187,7 @@ def text_inputs(setup: Setup, processor: Any, conversations: list[list[dict[str,
 
 def with_features(inputs: dict[str, Any], feature: torch.Tensor, batch_size: int) -> dict[str, Any]:
     """Add the features of one image for each sample, as `generate` takes them."""
-    return {
-        **inputs,
-        "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[feature] * batch_size)},
-    }
+    return {**inputs, "mm_encoder_outputs": encoder_outputs([feature] * batch_size)}
 
 
 def requests(setup: Setup) -> Iterator[Row]:

@@ -2,7 +2,9 @@
 """Tiny models, and recorded outputs of the original to compare them with."""
 
 import json
+import shutil
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,6 +101,19 @@ def status(*arguments: str | Path) -> int:
     with pytest.raises(SystemExit) as exit_:
         main([str(argument) for argument in arguments])
     return exit_.value.code
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """Headless Chromium, where playwright and a browser are installed."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        try:  # a system's browser, or that of playwright
+            browser = started.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        except playwright.Error as error:
+            pytest.skip(str(error))
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session", params=["llama-small", "phi-small"])

@@ -1,6 +1,5 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -39,35 +38,28 @@ def test_text_is_escaped_and_images_are_inside(report):
 
 
 @pytest.mark.slow
-def test_in_a_browser(report):
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as started:
-        try:  # a system's browser, or that of playwright
-            browser = started.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        except playwright.Error as error:
-            pytest.skip(str(error))
-        for width, scheme in ((1200, "light"), (360, "dark")):
-            page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-            requests, errors = [], []
-            page.on("request", lambda request, requests=requests: requests.append(request.url))
-            page.on("pageerror", lambda error, errors=errors: errors.append(error))
-            page.goto(report.as_uri())
-            assert page.title() == f"Report {ATTACK}" and errors == []
-            assert [url for url in requests if not url.startswith("data:")] == [report.as_uri()]
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-            luminance = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0]")
-            assert (int(luminance) < 128) == (scheme == "dark")
-            page.evaluate("Promise.all([...document.images].map((i) => (i.loading = 'eager', i.decode())))")
-            fits = "[...document.querySelectorAll('dd')].every((cell) => cell.scrollWidth <= cell.clientWidth)"
-            assert page.evaluate(fits)
+def test_in_a_browser(report, browser):
+    for width, scheme in ((1200, "light"), (360, "dark")):
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        requests, errors = [], []
+        page.on("request", lambda request, requests=requests: requests.append(request.url))
+        page.on("pageerror", lambda error, errors=errors: errors.append(error))
+        page.goto(report.as_uri())
+        assert page.title() == f"Report {ATTACK}" and errors == []
+        assert [url for url in requests if not url.startswith("data:")] == [report.as_uri()]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        luminance = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0]")
+        assert (int(luminance) < 128) == (scheme == "dark")
+        page.evaluate("Promise.all([...document.images].map((i) => (i.loading = 'eager', i.decode())))")
+        fits = "[...document.querySelectorAll('dd')].every((cell) => cell.scrollWidth <= cell.clientWidth)"
+        assert page.evaluate(fits)
 
-            def shown(search: str, scores: str, page=page) -> int:
-                page.fill("#text", search)
-                page.select_option("#range", label=scores)
-                assert page.locator("#count").inner_text().split()[0] == str(page.locator("article:visible").count())
-                return page.locator("article:visible").count()
+        def shown(search: str, scores: str, page=page) -> int:
+            page.fill("#text", search)
+            page.select_option("#range", label=scores)
+            assert page.locator("#count").inner_text().split()[0] == str(page.locator("article:visible").count())
+            return page.locator("article:visible").count()
 
-            assert shown("", "all samples") == 4 and shown("RIGHT<", "all samples") == 1
-            assert shown("", "score 100") == 1 and shown("right<", "score 0") == 0 and shown("wrong<", "score 0") == 1
-            assert shown("", "score between 0 and 100") == 0 and shown("", "without a score") == 2
-        browser.close()
+        assert shown("", "all samples") == 4 and shown("RIGHT<", "all samples") == 1
+        assert shown("", "score 100") == 1 and shown("right<", "score 0") == 0 and shown("wrong<", "score 0") == 1
+        assert shown("", "score between 0 and 100") == 0 and shown("", "without a score") == 2

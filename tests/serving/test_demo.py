@@ -2,7 +2,6 @@
 """`florence-vl demo`, used in a browser that reaches no other host."""
 
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -67,23 +66,16 @@ def demo(golden, converted):
 
 
 @pytest.fixture
-def page(demo, request):
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as started:
-        try:  # a system's browser, or that of playwright
-            browser = started.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        except playwright.Error as error:
-            pytest.skip(str(error))
-        page = browser.new_page(viewport={"width": request.param, "height": 844})
-        page.set_default_timeout(60_000)
-        requests = []
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(demo[0])
-        page.wait_for_selector("textarea:enabled")
-        yield page
-        assert [url for url in requests if not url.startswith((demo[0], "blob:", "data:"))] == []
-        assert page.evaluate("document.documentElement.scrollWidth") <= request.param
-        browser.close()
+def page(demo, browser, request):
+    page = browser.new_page(viewport={"width": request.param, "height": 844})
+    page.set_default_timeout(60_000)
+    requests = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(demo[0])
+    page.wait_for_selector("textarea:enabled")
+    yield page
+    assert [url for url in requests if not url.startswith((demo[0], "blob:", "data:"))] == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= request.param
 
 
 def attach(page, *paths):

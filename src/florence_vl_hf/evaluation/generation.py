@@ -13,6 +13,7 @@ from transformers import BatchFeature
 from ..modeling import FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
 from ..serving import DECODING
+from ..serving.chat import require_chat_template
 from ..training.samples import Problem, SampleError
 from .questions import open_question
 
@@ -39,8 +40,7 @@ def generate_answers(
     Yields:
         `tuple[int, str | SampleError]`: The index of a sample, and its answer or what is wrong with it.
     """
-    if not processor.chat_template:
-        raise ValueError("The processor has no chat template; convert the model again with a `chat_template`.")
+    require_chat_template(processor)
     max_length = model.config.text_config.max_position_embeddings
     for start in range(0, len(indices), batch_size):
         encoded: dict[int, dict[str, torch.Tensor]] = {}

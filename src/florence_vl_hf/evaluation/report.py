@@ -47,7 +47,7 @@ def write_report(
 def _thumbnails(sample: dict[str, Any]) -> list[str]:
     try:
         images = [open_image(image) for image in read_sample(sample).images]
-    except SampleError:  # the answer's `error` says so
+    except SampleError:  # described by the answer's `error`
         return []
     for image in images:
         image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))

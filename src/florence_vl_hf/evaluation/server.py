@@ -12,7 +12,8 @@ import datasets
 import openai
 from PIL import Image
 
-from ..training.samples import SampleError, to_utf8
+from ..processing.text import to_utf8
+from ..training.samples import SampleError
 from .questions import message_text, open_question
 
 

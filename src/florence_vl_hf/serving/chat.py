@@ -11,8 +11,10 @@ from transformers import GenerationConfig, StoppingCriteriaList, image_utils
 from transformers.generation.streamers import BaseStreamer
 
 from ..modeling import FlorenceVLForConditionalGeneration
+from ..modeling.generation_florence_vl import encoder_outputs
 from ..modeling.modeling_florence_vl import FlorenceVLImageFeaturesOutput
 from ..processing import FlorenceVLProcessor
+from ..processing.text import to_utf8
 
 
 # Seconds after which a server that sends nothing is given up.
@@ -36,11 +38,6 @@ def load_image(path_or_url: str) -> Image.Image:
     except Exception as error:  # Pillow's decoders and the HTTP client raise many types
         reason = "no known image format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
         raise ValueError(f"{path_or_url} cannot be read as an image ({reason}); give another.") from error
-
-
-def to_utf8(text: str) -> str:
-    """Replace lone surrogates, which UTF-8, and so the tokenizer, has not."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def require_chat_template(processor: FlorenceVLProcessor) -> None:
@@ -131,7 +128,7 @@ class ChatSession:
             )
         # What `generate` takes instead of pixel values, so that the vision tower does not run again.
         if inputs.pop("pixel_values", None) is not None:
-            inputs["mm_encoder_outputs"] = {"image": FlorenceVLImageFeaturesOutput(pooler_output=self.features)}
+            inputs["mm_encoder_outputs"] = encoder_outputs(self.features)
         output_ids = self.model.generate(
             **inputs, streamer=streamer, generation_config=generation_config, stopping_criteria=stopping_criteria
         )

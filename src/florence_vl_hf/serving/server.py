@@ -22,7 +22,8 @@ from transformers.cli.serving.utils import GenerationState, Modality
 
 from ..modeling import FlorenceVLForConditionalGeneration
 from ..processing import FlorenceVLProcessor
-from .chat import require_chat_template, to_utf8
+from ..processing.text import to_utf8
+from .chat import require_chat_template
 from .request_images import load_request_image
 
 

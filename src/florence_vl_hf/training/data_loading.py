@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 from datasets.exceptions import DatasetGenerationError
 
 from ..conversion.checkpoint_files import is_directory
-from .samples import Sample, SampleError, parse_answers, parse_sample, sample_id, to_utf8
+from ..processing.text import to_utf8
+from .samples import Sample, SampleError, parse_answers, parse_sample, sample_id
 
 
 # Part of the key in the cache of `datasets`: increase it when the same file is to give other samples.

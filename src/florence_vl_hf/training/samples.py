@@ -14,6 +14,7 @@ from PIL import Image
 from ..conversion.original_processor import LLAVA_ROLES
 from ..processing import IMAGE_TOKEN
 from ..processing.images import MAX_IMAGE_SIDE, read_pixels
+from ..processing.text import to_utf8
 
 
 ROLES = tuple(LLAVA_ROLES.values())
@@ -190,11 +191,6 @@ def open_image(image: Any, max_side: int = MAX_IMAGE_SIDE) -> Image.Image:
         # Pillow's decoders raise many types for damaged files, and for what may be a decompression bomb.
         reason = f"Cannot read the image {name} ({' '.join(str(error).split())}); replace it, or remove the sample."
         raise SampleError(reason, Problem.BROKEN_IMAGE) from error
-
-
-def to_utf8(text: str) -> str:
-    """Replace lone surrogates, which JSON can hold and UTF-8 cannot."""
-    return text if text.isascii() else text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _parse_turn(turn: Any) -> dict[str, Any]:
