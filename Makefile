@@ -12,7 +12,7 @@ VENV_NEWEST := .venv-newest
 VENV_VLLM := .venv-vllm
 VENV_LMMS := .venv-lmms
 
-.PHONY: test test-fast test-oldest test-newest conformance test-vllm test-lmms-eval fuzz check style coverage build bench \
+.PHONY: test test-fast test-oldest test-newest conformance test-vllm test-lmms-eval fuzz check style coverage build docs bench \
 	quickstart new-question clean
 
 # All checks and all tests, as in CI.
@@ -57,6 +57,10 @@ test-vllm: $(VENV)/installed $(VENV_VLLM)/installed
 fuzz: $(VENV)/installed
 	$(VENV)/bin/python -m tests.fuzz
 
+# The documentation, in site/.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 # Style, types, and the conventions of Transformers' model files.
 check: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -96,7 +100,7 @@ quickstart-output:
 	$(MAKE) quickstart
 
 clean:
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_VLLM) $(VENV_LMMS) build dist
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_VLLM) $(VENV_LMMS) build dist site
 	rm -rf quickstart-output quickstart-question quickstart-lora
 	rm -f benchmarks.json benchmarks.svg
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov

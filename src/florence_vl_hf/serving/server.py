@@ -213,7 +213,8 @@ def build_app(
 
     Args:
         name (`str`): Name of the model in requests.
-        model, processor: As `load_pretrained` returns them. The processor must have a chat template.
+        model (`FlorenceVLForConditionalGeneration`): The model.
+        processor (`FlorenceVLProcessor`): Its processor, which must have a chat template.
         max_body_bytes (`int`): Maximum size of a request, and of an image that is downloaded for it.
         allow_private_urls (`bool`, *optional*, defaults to `False`): Whether to download images from any address.
     """
