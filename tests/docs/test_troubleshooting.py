@@ -110,9 +110,9 @@ def page_messages() -> list[str]:
     return [normalize(code) for cell in cells for _, code in re.findall(r"(`+) ?(.+?) ?\1(?=<br>|$)", cell)]
 
 
-def matches(entry: str, message: str) -> bool:
-    """Whether an entry of the page is a message of the source, or a part of it."""
-    return re.search(".*".join(map(re.escape, entry.split("…"))), message) is not None
+def matches(entry: str, messages: str) -> bool:
+    """Whether an entry of the page is one of the messages of the source, a line each, or a part of one."""
+    return re.search(".*".join(map(re.escape, entry.strip("…").split("…"))), messages) is not None
 
 
 def test_each_message_is_on_the_page():
@@ -129,6 +129,6 @@ def test_each_message_is_on_the_page():
 
 def test_each_entry_is_in_the_source():
     known = source_messages().keys() | source_texts()
-    stale = [entry for entry in page_messages() if not any(matches(entry, message) for message in known)]
+    stale = [entry for entry in page_messages() if not matches(entry, "\n".join(known))]
     assert not stale, "\n".join([f"Remove from {PAGE.relative_to(ROOT)}, or correct:", *stale])
     assert not [message for message in INTERNAL if message not in known]
