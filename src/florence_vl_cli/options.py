@@ -84,7 +84,7 @@ def echo_once(message: str) -> None:
 def quantization(load_in_4bit: bool, load_in_8bit: bool) -> "QuantizationConfigMixin | None":
     """Return the `quantization_config` of the options `LoadIn4bit` and `LoadIn8bit`, for `load_pretrained`."""
     if load_in_4bit and load_in_8bit:
-        raise typer.BadParameter("choose one.", param_hint="--load-in-4bit, --load-in-8bit")
+        raise typer.BadParameter("got both; choose one.", param_hint="--load-in-4bit, --load-in-8bit")
     if not load_in_4bit and not load_in_8bit:
         return None
     from florence_vl_hf.quantization import quantization_config

@@ -147,7 +147,10 @@ def read_tensor_file(path: Path) -> dict[str, LazyTensor]:
                 view = file.get_slice(name)
                 dtype = SAFETENSORS_DTYPES.get(view.get_dtype())
                 if dtype is None:
-                    raise CheckpointError(f"{name} in {path.name} has the unsupported dtype {view.get_dtype()}.")
+                    raise CheckpointError(
+                        f"{name} in {path.name} has the dtype {view.get_dtype()}, which is not supported; save it in "
+                        f"another one, such as bfloat16."
+                    )
                 tensors[name] = LazyTensor(name, path, dtype, tuple(view.get_shape()), partial(load, name))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path.name} is damaged or incomplete ({error}); download it again.") from error
@@ -332,7 +335,8 @@ def write_tensors(directory: Path, tensors: dict[str, LazyTensor], max_shard_siz
     required = num_bytes + 2**26  # for tokenizer, configurations and model card
     if (free := shutil.disk_usage(directory).free) < required:
         raise CheckpointError(
-            f"{directory} requires {required / 2**30:.1f} GiB, but its disk has only {free / 2**30:.1f} GiB free."
+            f"{directory} requires {required / 2**30:.1f} GiB, but its disk has only {free / 2**30:.1f} GiB free; "
+            f"give an output on another disk."
         )
     split = split_state_dict_into_shards_factory(
         tensors,

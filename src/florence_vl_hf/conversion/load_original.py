@@ -88,7 +88,8 @@ def load_original(
         dtype (`torch.dtype` or `str`, *optional*): As in `from_pretrained`, as are the next two.
         attn_implementation (`str`, *optional*): Attention of the whole model.
         device_map (`str` or `dict`, *optional*): Devices of the parts.
-        kwargs (`Any`): Other arguments of `from_pretrained`, and fields of `FlorenceVLConfig` that override the checkpoint's.
+        kwargs (`Any`): Other arguments of `from_pretrained`, and fields of `FlorenceVLConfig` that override the
+            checkpoint's.
 
     Returns:
         `tuple`: What `FlorenceVLForConditionalGeneration.from_pretrained` returns, and the processor.

@@ -69,7 +69,10 @@ def request_answers(
             for future in as_completed([pool.submit(request, index) for index in indices]):
                 yield future.result()
         except openai.OpenAIError as error:
-            raise ConnectionError(f"{server} does not answer for the model {model!r} ({error}).") from error
+            raise ConnectionError(
+                f"{server} does not answer for the model {model!r} ({error}); start the server, or correct its URL or "
+                f"the name of the model."
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 

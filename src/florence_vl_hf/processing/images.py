@@ -23,5 +23,5 @@ def read_pixels(image: Image.Image, max_side: int = MAX_IMAGE_SIDE) -> Image.Ima
     if max(image.size) > max_side:
         raise ValueError(f"it has {image.width} x {image.height} pixels, more than `max_image_side: {max_side}`")
     if image.format == "EPS":
-        raise ValueError("an EPS file is a program")
+        raise ValueError("it is an EPS file, which is a program")
     return load_image(image)

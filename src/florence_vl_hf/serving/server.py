@@ -141,7 +141,9 @@ class CheckedChatHandler(ChatCompletionHandler):
                 )
                 num_pixels += part["image"].width * part["image"].height
                 if num_pixels > MAX_PIXELS:
-                    raise ValueError(f"The images of a request can have {MAX_PIXELS:,} pixels; send smaller ones.")
+                    raise ValueError(
+                        f"The images of a request can have {MAX_PIXELS:,} pixels in all; send smaller ones."
+                    )
         except (TemplateError, ValueError) as error:
             raise HTTPException(400, str(error)) from error
         max_tokens = request.max_completion_tokens or request.max_tokens or DEFAULT_MAX_TOKENS
