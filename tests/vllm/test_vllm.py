@@ -3,6 +3,8 @@
 
 import json
 import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -16,6 +18,8 @@ import pytest
 from openai import APIConnectionError, OpenAI
 from PIL import Image
 from vllm import LLM, SamplingParams
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from . import FIXTURES, MODELS, NUM_TOKENS
 
@@ -79,6 +83,15 @@ def client(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 def expected(requests: dict[str, Request]) -> list[Answer]:
     return [(request["prompt_ids"], request["answer_ids"]) for request in requests.values()]
+
+
+def test_commands_of_the_documentation():
+    text = (FIXTURES.parents[1] / "docs" / "serving.md").read_text(encoding="utf-8").replace("\\\n", "")
+    commands = [shlex.split(line)[2:] for line in re.findall(r"^vllm serve .*$", text, flags=re.MULTILINE)]
+    assert len(commands) == 3
+    for command in commands:
+        arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(command)
+        assert (arguments.model_impl, arguments.trust_remote_code) == ("transformers", True)
 
 
 def test_answers_depend_on_images_and_their_order(requests):
