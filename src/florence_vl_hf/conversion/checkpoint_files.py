@@ -263,18 +263,21 @@ def locked(output: Path) -> Iterator[None]:
     A process that is killed releases it. SIGTERM ends the block like SIGINT, unless something else handles it.
 
     Raises:
-        CheckpointError: If another run holds the lock.
+        CheckpointError: If another run holds the lock, or the output cannot be written.
     """
     output = output.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the output, or inside where only that can be written, such as a mounted directory.
-    directory = output.parent if os.access(output.parent, os.W_OK) else output
-    lock_file = directory / f".{output.name}.lock"
     with _sigterm_raises():
         try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            # Beside the output, or inside where only that can be written, such as a mounted directory.
+            directory = output.parent if os.access(output.parent, os.W_OK) else output
+            lock_file = directory / f".{output.name}.lock"
             lock = FileLock(lock_file, timeout=0).acquire()
         except Timeout:
             raise CheckpointError(f"Another run is writing {output}; wait for it, or give another output.") from None
+        except OSError as error:
+            reason = error.strerror or error
+            raise CheckpointError(f"{output} cannot be written ({reason}); give another output.") from error
         with lock:
             try:
                 yield

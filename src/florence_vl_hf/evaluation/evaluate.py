@@ -40,7 +40,11 @@ def evaluate(
         ValueError: As in `predict` and `score`. If a metric does not suit the samples, before any is answered.
     """
     output, metrics = Path(output), list(metrics)
-    score([{**describe(sample), "answer": ""} for sample in samples], metrics)
+    known = [
+        describe(sample) | ({"error": sample["problem_message"]} if sample["problem"] else {"answer": ""})
+        for sample in samples
+    ]
+    score(known, metrics)
     answers = predict(samples, model, output / "answers.jsonl", **kwargs)
     scores = score(answers, metrics)
     if PartialState().is_main_process:

@@ -46,8 +46,11 @@ def request_answers(
         with it.
 
     Raises:
+        ValueError: If `server` is not a URL.
         ConnectionError: If the server does not answer, or not as a server with this API.
     """
+    if not server.startswith(("http://", "https://")):
+        raise ValueError(f"Got the server {server!r}, expected a URL such as http://localhost:8000/v1.")
 
     def request(index: int) -> tuple[int, str | SampleError]:
         try:
