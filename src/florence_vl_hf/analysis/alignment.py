@@ -12,6 +12,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from tqdm import tqdm
 
 from ..conversion.checkpoint_files import locked
+from ..modeling.configuration_florence_vl import IMAGE_FEATURE
 from .encoders import digest_of, encode_items, florence_encoder, image_encoder, language_encoder
 from .extraction import open_image
 
@@ -30,23 +31,23 @@ def fit_linear_map(
     features: torch.Tensor,
     targets: torch.Tensor,
     held_out: torch.Tensor,
-    num_steps: int = 200,
-    learning_rate: float = 0.03,
+    num_steps: int = 300,
+    learning_rate: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Train one linear map, with a bias, from features to targets, which minimises the mean of 1 - cosine.
+    Train one linear map from features to targets, which minimises the mean of 1 - cosine.
 
-    Channels are standardised by their mean and standard deviation in the training part. The map starts as the best
-    constant, the mean direction of the targets: the first loss is that without features. Each step of Adam uses the
-    whole training part. The learning rate of the weights is divided by the number of channels, so that a step changes
-    the output equally for few channels and for many.
+    Channels are standardised by their mean and standard deviation in the training part. The bias is the best constant
+    output, the mean direction of the targets; the weights start at 0, so that the first loss is that without features.
+    Each step of Adam uses the whole training part. The learning rate is divided by the number of channels, so that a
+    step changes the output equally for few channels and for many.
 
     Args:
         features (`torch.Tensor` of shape `(num_pairs, num_channels)`): The inputs, in float32.
         targets (`torch.Tensor` of shape `(num_pairs, hidden_size)`): The outputs, in float32.
         held_out (`torch.Tensor` of shape `(num_pairs,)`): Which pairs are not trained on, as booleans.
-        num_steps (`int`, *optional*, defaults to 200): Number of steps.
-        learning_rate (`float`, *optional*, defaults to 0.03): Learning rate of the bias.
+        num_steps (`int`, *optional*, defaults to 300): Number of steps.
+        learning_rate (`float`, *optional*, defaults to 1.0): Learning rate of one channel.
 
     Returns:
         `tuple`: 1 - cosine before each step and after the last: the mean over the training part, of shape
@@ -57,10 +58,10 @@ def fit_linear_map(
     # A channel that is the same for all images stays 0.
     features = (features - mean) / deviation.where(deviation > 0, 1.0)
     targets = normalize(targets, dim=-1) * targets.shape[1] ** 0.5  # elements of about 1
+    # Trained, it would begin with steps of full size along rounding errors: its first gradient is 0.
+    bias = targets[train].mean(dim=0)
     weight = features.new_zeros(features.shape[1], targets.shape[1], requires_grad=True)
-    bias = targets[train].mean(dim=0).requires_grad_()
-    groups: list[dict[str, Any]] = [{"params": [weight], "lr": learning_rate / len(weight)}, {"params": [bias]}]
-    optimizer = torch.optim.Adam(groups, lr=learning_rate)
+    optimizer = torch.optim.Adam([weight], lr=learning_rate / len(weight))
     train_losses, held_out_losses = [], []
     for _ in range(num_steps + 1):
         loss = (1 - cosine_similarity(features[train] @ weight + bias, targets[train])).mean()
@@ -191,7 +192,8 @@ def align(
         textual = encode_items(language_model, captions, cache, batch_size)
     targets = torch.stack([textual[digest_of(pair["caption"])]["tokens"] for pair in pairs])
 
-    names = list(visual[0][images[0]])
+    # Sorted, because files of the cache do not keep the order.
+    names = sorted(visual[0][images[0]], key=lambda name: (name != IMAGE_FEATURE, name))
     subsets = [subset for size in range(1, len(names) + 1) for subset in combinations(names, size)]
     sets = [("+".join(subset), visual[0], subset) for subset in subsets]
     sets += [(other.name, visual[i], ("tokens",)) for i, other in enumerate(others, start=1)]

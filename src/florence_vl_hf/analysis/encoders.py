@@ -138,14 +138,16 @@ def image_encoder(path_or_id: str | Path, dtype: torch.dtype | None, device: str
         raise ValueError(f"{path_or_id} cannot be loaded as an image encoder: {error}") from error
 
     def load() -> Encode:
-        model = AutoModel.from_pretrained(directory, dtype=dtype or "auto", device_map=device)
-        model = getattr(model, "vision_model", model).eval()
+        loaded = AutoModel.from_pretrained(directory, dtype=dtype or "auto", device_map=device).eval()
+        vision_model = getattr(loaded, "vision_model", loaded)
+        if vision_model is loaded and loaded.main_input_name != "pixel_values":
+            raise ValueError(f"{path_or_id} is a {loaded.config.model_type}, expected an encoder of images alone.")
 
         @torch.inference_mode()
         def encode(images: list[Image.Image]) -> dict[str, torch.Tensor]:
-            inputs = image_processor(images, return_tensors="pt").to(model.device, dtype=model.dtype)
+            inputs = image_processor(images, return_tensors="pt").to(loaded.device, dtype=loaded.dtype)
             # (num_images, num_tokens, num_channels), or a feature map (num_images, num_channels, height, width)
-            hidden_states = model(**inputs).last_hidden_state.float()
+            hidden_states = vision_model(**inputs).last_hidden_state.float()
             return {"tokens": hidden_states.mean(dim=1 if hidden_states.ndim == 3 else (2, 3))}
 
         return encode
