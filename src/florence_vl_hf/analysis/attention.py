@@ -1,6 +1,7 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Attention of an answer to the image tokens, word by word."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,21 +105,17 @@ def attend(
 
 def _words(tokenizer: Any, token_ids: list[int]) -> tuple[list[str], list[list[int]]]:
     """Return the words of an answer, and the indices of each word's tokens. Special tokens belong to none."""
-    words: list[str] = []
-    groups: list[list[int]] = []
-    before = ""
-    for i in range(len(token_ids)):
-        text = tokenizer.decode(token_ids[: i + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        new, before = text[len(before) :], text.rstrip("\ufffd")  # a part of a character is not final
-        if not new:
-            continue
-        if not words or new[0].isspace():
-            words.append("")
-            groups.append([])
-        words[-1] += new.rstrip("\ufffd")
-        groups[-1].append(i)
-    kept = [i for i, word in enumerate(words) if word.strip()]
-    return [words[i].strip() for i in kept], [groups[i] for i in kept]
+    decoding = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    texts = [tokenizer.decode(token_ids[:i], **decoding) for i in range(len(token_ids) + 1)]
+    # Characters that are final after each token: the bytes of one can be several tokens.
+    ends = [len(text.rstrip("\ufffd")) for text in texts[:-1]] + [len(texts[-1])]
+    words = list(re.finditer(r"\S+", texts[-1]))
+    # Tokens that end within a character belong to its word.
+    spans = [(start, next((end for end in ends[i:] if end > start), start)) for i, start in enumerate(ends[:-1])]
+    groups = [
+        [i for i, (start, end) in enumerate(spans) if start < word.end() and end > word.start()] for word in words
+    ]
+    return [word[0] for word in words], groups
 
 
 __all__ = ["AnswerAttention", "attend"]

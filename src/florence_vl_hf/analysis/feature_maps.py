@@ -103,12 +103,12 @@ def feature_maps(features: dict[str, torch.Tensor], config: FlorenceVLConfig) ->
 def background_threshold(maps: list[dict[str, torch.Tensor]]) -> float:
     """Return the value of the first component, scaled to 0..1, that separates two classes best (Otsu's method)."""
     values = torch.cat([part[..., 0].flatten() for of_image in maps for part in of_image.values()])
-    counts = torch.histc(values, bins=256, min=0, max=1).double()
-    levels = torch.linspace(0, 1, 256, dtype=torch.float64)
-    below, total = counts.cumsum(0), counts.sum()
-    moment, mean = (counts * levels).cumsum(0), (counts * levels).sum() / total
-    separation = (mean * below - moment) ** 2 / (below * (total - below)).clamp(min=TINY)
-    return round(float(levels[separation.argmax()]), 3)
+    levels = (values * 255).round().long()
+    counts = torch.bincount(levels, minlength=256).double()
+    below = counts.cumsum(0)[:-1]  # positions up to each level but the last
+    moments = (counts * torch.arange(256)).cumsum(0)
+    separation = (moments[-1] * below / len(values) - moments[:-1]) ** 2 / (below * (len(values) - below)).clamp(min=1)
+    return (int(separation.argmax()) + 0.5) / 255
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def build_page(
     """
     encoder = model if isinstance(model, VisionEncoder) else VisionEncoder.from_model(model, processor)
     config = encoder.config
-    all_captions = {IMAGE_FEATURE: "V, without a prompt", **config.prompts, **(prompts or {})}
+    all_captions = {IMAGE_FEATURE: "Without a prompt.", **config.prompts, **(prompts or {})}
     if unknown := [name for name in features or [] if name not in all_captions]:
         raise ValueError(
             f"There is no feature {unknown[0]!r}; choose from {', '.join(all_captions)}, or add a prompt."
@@ -153,7 +153,8 @@ def build_page(
         raise ValueError("The model has no feature map: its only `image_feature_source` is an average.")
     if question is not None and (isinstance(model, VisionEncoder) or len(images) > MAX_DETAILED):
         raise ValueError(f"A question requires a language model, and at most {MAX_DETAILED} images.")
-    rows = [Row(path.name, _thumbnail(path)) for path in tqdm(images, desc="Reading images")]
+    with tqdm(images, desc="Reading images") as progress:  # ended before an error is printed
+        rows = [Row(path.name, _thumbnail(path)) for path in progress]
 
     def maps(description: str) -> Iterator[dict[str, torch.Tensor]]:
         extracted = extract_features(encoder, images, prompts, tokenizer=tokenizer, batch_size=batch_size)
@@ -174,8 +175,9 @@ def build_page(
     parts: dict[str, torch.nn.Module] = {"vision encoder": encoder.vision_tower}
     if question is not None and not isinstance(model, VisionEncoder):
         parts |= {"projector": model.model.multi_modal_projector, "language model": model.model.language_model}
-        for row, path in zip(rows, tqdm(images, desc="Answering"), strict=True):
-            row.answer = attend(model, processor, open_image(path), question, layer, max_new_tokens)
+        with tqdm(zip(rows, images, strict=True), desc="Answering", total=len(rows)) as progress:
+            for row, path in progress:
+                row.answer = attend(model, processor, open_image(path), question, layer, max_new_tokens)
     return FeaturePage(
         rows,
         captions,
@@ -210,9 +212,13 @@ def write_html(page: FeaturePage, path: Path, title: str) -> None:
         "data_url": lambda image: data_url(image, "JPEG", quality=80),
         "attention": _attention,
     }
-    names = {"image_feature": IMAGE_FEATURE, "max_detailed": MAX_DETAILED, "opacity": BACKGROUND_OPACITY}
+    names = {"labels": _labels(page), "max_detailed": MAX_DETAILED, "opacity": BACKGROUND_OPACITY}
     template = environment.get_template("page.html.jinja")
     write_file(path, template.render(page=page, title=title, **names))
+
+
+def _labels(page: FeaturePage) -> dict[str, str]:
+    return {name: "V" if name == IMAGE_FEATURE else name for name in page.captions}
 
 
 def _attention(answer: AnswerAttention, positions: slice) -> Iterator[dict[str, Any]]:
@@ -235,8 +241,7 @@ def write_png(page: FeaturePage, path: Path, title: str) -> None:
 
     if len(page.rows) > MAX_DETAILED:
         raise ValueError(f"A PNG shows at most {MAX_DETAILED} images, got {len(page.rows)}; write an .html file.")
-    labels = ["image", *("V" if name == IMAGE_FEATURE else name for name in page.captions)]
-    labels += [] if page.question is None else ["attention"]
+    labels = ["image", *_labels(page).values(), *([] if page.question is None else ["attention"])]
     figure = Figure(figsize=(2 * len(labels), 2.15 * len(page.rows) + 0.5), dpi=120, layout="constrained")
     grid = figure.subplots(len(page.rows), len(labels), squeeze=False)
     for row, axes in zip(page.rows, grid, strict=True):
@@ -246,19 +251,19 @@ def write_png(page: FeaturePage, path: Path, title: str) -> None:
         for axis, colors in zip(axes[1:], row.maps.values(), strict=False):
             is_background = colors[..., :1] < 255 * page.background
             opacity = torch.where(is_background, BACKGROUND_OPACITY, 255).byte()
-            axis.imshow(torch.cat([colors, opacity], dim=-1), extent=extent)
+            axis.imshow(torch.cat([colors, opacity], dim=-1).numpy(), extent=extent)
         if row.answer is not None and row.answer.words:
             weights = row.answer.weights[..., page.positions].mean(dim=0).sum(dim=0)
             axes[-1].imshow(image, extent=extent)
-            axes[-1].imshow(weights.unflatten(0, (page.grid_size, -1)), alpha=0.65, extent=extent)
+            axes[-1].imshow(weights.unflatten(0, (page.grid_size, -1)).numpy(), alpha=0.65, extent=extent)
             axes[-1].set_xlabel("\n".join(wrap(" ".join(row.answer.words), 28)), fontsize=7, parse_math=False)
     for axis in grid.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     for axis, label in zip(grid[0], labels, strict=True):
         axis.set_title(label, fontsize=10, parse_math=False)
-    note = f"{title}. " * bool(title) + f"Untrained: {', '.join(page.untrained)}." * bool(page.untrained)
-    figure.suptitle(note, fontsize=9, parse_math=False)
+    note = f" (untrained: {', '.join(page.untrained)})" if page.untrained else ""
+    figure.suptitle(title + note, fontsize=10, parse_math=False)
     file = BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})  # which names a version
     write_file(path, file.getvalue())
