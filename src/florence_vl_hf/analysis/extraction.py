@@ -3,7 +3,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ..conversion.original_processor import load_original_tokenizer, read_proces
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration, FlorenceVLModel
 from ..modeling.configuration_florence_vl import IMAGE_FEATURE
 from ..modeling.modeling_florence_vl import FlorenceVLPrompts, FlorenceVLVisionTower
+from ..processing import FlorenceVLProcessor
 from ..processing.images import read_pixels
 
 
@@ -51,6 +52,13 @@ class VisionEncoder:
     vision_tower: FlorenceVLVisionTower
     image_processor: BaseImageProcessor
     tokenizer: str | Path = PROMPT_TOKENIZER
+
+    @classmethod
+    def from_model(
+        cls, model: FlorenceVLModel | FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor
+    ) -> "VisionEncoder":
+        """Return the vision tower of a whole model, which shares its weights."""
+        return cls(model.config, _vision_tower(model), processor.image_processor)
 
 
 @dataclass(frozen=True)
@@ -228,8 +236,7 @@ def load_vision_encoder(
     directory = resolve_checkpoint(path_or_id, **hub_kwargs)
     if not (directory / "config.json").is_file() and (directory / "adapter_config.json").is_file():
         model, processor = load_pretrained(directory, dtype=dtype or "auto", device_map=device)
-        tower = _vision_tower(model).eval()
-        return VisionEncoder(model.config, tower, processor.image_processor, tokenizer or PROMPT_TOKENIZER)
+        return replace(VisionEncoder.from_model(model, processor), tokenizer=tokenizer or PROMPT_TOKENIZER)
     config, tensors, image_processor = _read_encoder(directory)
     with config_errors(directory), torch.device("meta"):
         tower = FlorenceVLVisionTower(config)
