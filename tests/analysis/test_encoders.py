@@ -24,6 +24,8 @@ from transformers import (
     ConvNextImageProcessorPil,
     Dinov2Config,
     Dinov2Model,
+    GPT2Config,
+    GPT2Model,
     ResNetConfig,
     ResNetModel,
     SiglipConfig,
@@ -39,7 +41,7 @@ from florence_vl_hf.analysis.encoders import (
     image_encoder,
     language_encoder,
 )
-from florence_vl_hf.conversion import CheckpointError, load_pretrained
+from florence_vl_hf.conversion import CheckpointError, load_pretrained, load_processor
 
 from ..conftest import status
 from ..conversion.test_assemble_florence_vl import native
@@ -169,6 +171,17 @@ class TestEncoders:
         assert_close(given(captions)["tokens"], own)
         assert_close(torch.cat([given([caption])["tokens"] for caption in captions]), own)
 
+    def test_padding_changes_no_positions(self, directory, tmp_path):
+        """With learned positions, and a tokenizer without a padding token."""
+        tokenizer = load_processor(directory).tokenizer
+        tokenizer.pad_token = None
+        tokenizer.save_pretrained(tmp_path)
+        config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=8)
+        GPT2Model(config).save_pretrained(tmp_path)
+        encode = language_encoder(tmp_path, None, "cpu").load()
+        captions = ["A cat.", "no", "longer than eight tokens, of which the last ones are dropped"]
+        assert_close(encode(captions)["tokens"], torch.cat([encode([text])["tokens"] for text in captions]))
+
     def test_florence_2_has_no_language_model(self, native):
         with pytest.raises(CheckpointError, match="has no language model; give the one that reads the captions"):
             language_encoder(native, None, "cpu")
@@ -183,6 +196,8 @@ class TestEncoders:
         weights = (model / "model.safetensors").stat()
         os.utime(model / "model.safetensors", ns=(weights.st_atime_ns, weights.st_mtime_ns + 1))
         keys.add(image_encoder(model, None, "cpu").key)
+        os.utime(model / "config.json", ns=(0, 0))  # the same content
+        assert image_encoder(model, None, "cpu").key in keys
         settings = json.loads((model / "preprocessor_config.json").read_text())
         (model / "preprocessor_config.json").write_text(json.dumps({**settings, "do_normalize": False}))
         keys.add(image_encoder(model, None, "cpu").key)

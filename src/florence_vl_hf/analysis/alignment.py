@@ -197,43 +197,51 @@ def align(
     subsets = [subset for size in range(1, len(names) + 1) for subset in combinations(names, size)]
     sets = [("+".join(subset), visual[0], subset) for subset in subsets]
     sets += [(other.name, visual[i], ("tokens",)) for i, other in enumerate(others, start=1)]
-    # Captions of one image would be neighbours of each other in both spaces: the measures get one of them.
-    last = {image: i for i, image in enumerate(images)}
-    order = torch.randperm(len(last), generator=torch.Generator().manual_seed(seed)).tolist()
-    # All captions of an image are held out, or none.
-    chosen = {list(last)[i] for i in order[: round(HELD_OUT * len(last))]}
-    held_out = torch.tensor([image in chosen for image in images])
-    results: list[dict[str, Any]] = []
+    order = torch.randperm(len(set(images)), generator=torch.Generator().manual_seed(seed)).tolist()
+    results = []
     for label, of_images, subset in tqdm(sets, desc="Linear maps", unit="map"):
         # (num_pairs, num_channels)
         features = torch.stack([torch.cat([of_images[image][name] for name in subset]) for image in images])
-        train_losses, losses = fit_linear_map(features.to(device), targets.to(device), held_out.to(device))
-        curve = losses.mean(dim=1)
-        best = int(curve.argmin())
-        x, y = features[[*last.values()]], targets[[*last.values()]]
-        result = {
-            "features": label,
-            "num_channels": features.shape[1],
-            "loss": float(curve[best]),
-            "standard_error": float(losses[best].std() / len(losses[best]) ** 0.5),
-            "best_step": best,
-            "final_loss": float(curve[-1]),
-            "mutual_knn": mutual_knn(x, y),
-            "linear_cka": linear_cka(x, y),
-            "linear_cka_shuffled": linear_cka(x, y[order]),
-            "curve": curve.tolist(),
-            "train_curve": train_losses.tolist(),
-        }
-        results.append(result)
-    settings = {"model": str(model), "llm": str(llm or model), "dtype": str(dtype or "auto"), "seed": seed}
-    counts = {"num_pairs": len(pairs), "num_images": len(last), "num_held_out_images": len(chosen)}
-    alignment = {
-        "settings": {**settings, **counts, "num_neighbors": NUM_NEIGHBORS},
-        "constant": results[0]["curve"][0],
-        "results": results,
-        "errors": [{"image": paths[digest], "error": error} for digest, error in errors.items()],
+        results.append({"features": label, **_measure(features, targets, images, order, device)})
+    settings = {
+        "model": str(model),
+        "llm": str(llm or model),
+        "dtype": str(dtype or "auto"),
+        "seed": seed,
+        "num_pairs": len(pairs),
+        "num_images": len(order),
+        "num_neighbors": NUM_NEIGHBORS,
     }
+    listed = [{"image": paths[digest], "error": error} for digest, error in errors.items()]
+    alignment = {"settings": settings, "constant": results[0]["curve"][0], "results": results, "errors": listed}
     return json.loads(json.dumps(alignment), parse_float=lambda number: round(float(number), NUM_DIGITS))
+
+
+def _measure(
+    features: torch.Tensor, targets: torch.Tensor, images: list[str], order: list[int], device: str
+) -> dict[str, Any]:
+    """Compare features and targets of pairs with the digests `images`. `order` permutes the different images."""
+    last = {image: i for i, image in enumerate(images)}
+    # All captions of an image are held out, or none.
+    chosen = {list(last)[i] for i in order[: round(HELD_OUT * len(order))]}
+    held_out = torch.tensor([image in chosen for image in images])
+    train_losses, losses = fit_linear_map(features.to(device), targets.to(device), held_out.to(device))
+    curve = losses.mean(dim=1)
+    best = int(curve.argmin())
+    # Captions of one image would be neighbours of each other in both spaces: one of them is compared.
+    x, y = features[[*last.values()]], targets[[*last.values()]]
+    return {
+        "num_channels": features.shape[1],
+        "loss": float(curve[best]),
+        "standard_error": float(losses[best].std() / len(losses[best]) ** 0.5),
+        "best_step": best,
+        "final_loss": float(curve[-1]),
+        "mutual_knn": mutual_knn(x, y),
+        "linear_cka": linear_cka(x, y),
+        "linear_cka_shuffled": linear_cka(x, y[order]),
+        "curve": curve.tolist(),
+        "train_curve": train_losses.tolist(),
+    }
 
 
 __all__ = ["align", "fit_linear_map", "linear_cka", "mutual_knn"]
