@@ -12,11 +12,18 @@ import torch
 import florence_vl_hf
 from florence_vl_hf.training.stages import part_of
 
+from .conversion.test_assemble_florence_vl import native
+
+
+__all__ = ["native"]
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-BLOCKS, TRAINING_BLOCKS = (re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) for text in (README, TRAINING))
+ANALYSIS = (ROOT / "docs" / "analysis.md").read_text(encoding="utf-8")
+BLOCKS, TRAINING_BLOCKS, ANALYSIS_BLOCKS = (
+    re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) for text in (README, TRAINING, ANALYSIS)
+)
 
 
 def test_use_and_features(converted, golden, capsys):
@@ -64,8 +71,17 @@ def test_training(model, processor, data_file, golden, tmp_path):
     assert changed == {"projector", "language_model"}
 
 
+def test_analysis(converted, native, golden, capsys):
+    for block, model in zip(ANALYSIS_BLOCKS, (native, converted), strict=True):
+        code = block.replace("microsoft/Florence-2-large", str(native)).replace("florence-vl-8b-sft-hf", str(model))
+        names: dict = {}
+        exec(re.sub(r"(street|sign)\.jpg", str(golden.image_path("odd.jpg")), code), names)
+    assert names["answer"].weights.shape[1:] == (1, names["model"].config.num_feature_tokens)
+    assert str(names["answer"].words) in capsys.readouterr().out
+
+
 def test_files_of_the_table_exist():
-    rooms = "modeling|processing|conversion|model_cards|training|evaluation|serving|../florence_vl_cli"
+    rooms = "modeling|analysis|processing|conversion|model_cards|training|evaluation|serving|../florence_vl_cli"
     paths = re.findall(rf"`((?:{rooms})/[\w./*]+)`", README)
     assert "../florence_vl_cli/*.py" in paths
     assert len(paths) > 15

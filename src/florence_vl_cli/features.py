@@ -44,23 +44,23 @@ def features(
     layer: Annotated[
         int | None, Option(help="Layer of the language model whose attention is shown. By default, the mean.", min=0)
     ] = None,
-    max_new_tokens: options.MaxNewTokens = 64,
     batch_size: Annotated[int, Option(help="Number of images per batch.", min=1)] = 8,
     dtype: options.Dtype = None,
     device: options.Device = "auto",
 ) -> None:
     """Show what the vision encoder sees in images: V and the features of each prompt, as colour maps."""
-    writers = {path.suffix.lower(): path for path in output}
     if wrong := [path for path in output if path.suffix.lower() not in (".html", ".png") or path.is_dir()]:
         raise typer.BadParameter(f"{wrong[0]} is not an .html or .png file.", param_hint="--output")
-    if ".png" in writers and find_spec("matplotlib") is None:
+    if any(path.suffix.lower() == ".png" for path in output) and find_spec("matplotlib") is None:
         raise ImportError("A PNG requires more packages: pip install 'florence_vl_hf[analysis]'")
     from florence_vl_hf.analysis import load_vision_encoder
-    from florence_vl_hf.analysis.page import build_page, list_images, write_html, write_png
+    from florence_vl_hf.analysis.page import MAX_DETAILED, build_page, read_images, write_html, write_png
     from florence_vl_hf.conversion import load_pretrained
 
     # Before the model, which takes long to load.
-    files, prompts = list_images(images), options.parse_prompts(prompt)
+    rows, prompts = read_images(images), options.parse_prompts(prompt)
+    if any(path.suffix.lower() == ".png" for path in output) and len(rows) > MAX_DETAILED:
+        raise ValueError(f"A PNG shows at most {MAX_DETAILED} images, got {len(rows)}; write an .html file.")
     for path in output:
         path.parent.mkdir(parents=True, exist_ok=True)
     network, processor = None, None
@@ -70,7 +70,7 @@ def features(
         network, processor = load_pretrained(model, dtype=dtype or "auto", device_map=device)
     page = build_page(
         network,
-        files,
+        rows,
         prompts,
         processor=processor,
         tokenizer=tokenizer,
@@ -79,10 +79,9 @@ def features(
         background=background,
         question=question,
         layer=layer,
-        max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
     title = f"Features of {Path(model).name if Path(model).is_dir() else model}"
     for path in output:
         (write_png if path.suffix.lower() == ".png" else write_html)(page, path, title)
-        typer.echo(f"Wrote {path}: {len(page.captions)} maps of {len(files):,} images.")
+        typer.echo(f"Wrote {path}: {len(page.captions)} maps of {len(rows):,} images.")

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from florence_vl_hf.analysis import extract_features, load_vision_encoder, page
-from florence_vl_hf.analysis.page import build_page, is_untrained, write_html, write_png
+from florence_vl_hf.analysis.page import build_page, is_untrained, read_images, write_html, write_png
 from florence_vl_hf.conversion import load_pretrained
 
 from ..conftest import status, tiny_model
@@ -40,35 +40,33 @@ def encoder(converted):
 
 class TestBuild:
     def test_colours_compare_across_images_unless_per_image(self, encoder, paths):
-        alone = [build_page(encoder, [path]).rows[0].maps["ocr"] for path in paths]
-        together = [row.maps["ocr"] for row in build_page(encoder, paths).rows]
-        each = [row.maps["ocr"] for row in build_page(encoder, paths, per_image=True).rows]
+        alone = [build_page(encoder, read_images([path])).rows[0].maps["ocr"] for path in paths]
+        together = [row.maps["ocr"] for row in build_page(encoder, read_images(paths)).rows]
+        each = [row.maps["ocr"] for row in build_page(encoder, read_images(paths), per_image=True).rows]
         assert all(one.equal(other) for one, other in zip(alone, each, strict=True))
         assert not any(one.equal(other) for one, other in zip(alone, together, strict=True))
-        twice = build_page(encoder, [paths[0], paths[1], paths[0]]).rows
+        twice = build_page(encoder, read_images([paths[0], paths[1], paths[0]])).rows
         assert twice[0].maps["ocr"].equal(twice[2].maps["ocr"])
 
     def test_many_images_are_read_twice_with_the_same_result(self, encoder, paths, monkeypatch, tmp_path):
-        write_html(build_page(encoder, paths), tmp_path / "kept.html", "x")
+        write_html(build_page(encoder, read_images(paths)), tmp_path / "kept.html", "x")
         monkeypatch.setattr(page, "MAX_KEPT", 1)
-        write_html(build_page(encoder, paths), tmp_path / "again.html", "x")
+        write_html(build_page(encoder, read_images(paths)), tmp_path / "again.html", "x")
         assert (tmp_path / "kept.html").read_bytes() == (tmp_path / "again.html").read_bytes()
         monkeypatch.setattr(page, "MAX_DETAILED", 2)
-        write_html(build_page(encoder, paths), tmp_path / "short.html", "x")
+        write_html(build_page(encoder, read_images(paths)), tmp_path / "short.html", "x")
         text = (tmp_path / "short.html").read_text(encoding="utf-8")
         assert text.count("data-vectors") == 2 * 4 and text.count("data-colors") == 3 * 4
         assert "for the first 2 images" in text
-        with pytest.raises(ValueError, match="A PNG shows at most 2 images, got 3"):
-            write_png(build_page(encoder, paths), tmp_path / "x.png", "x")
 
     def test_chosen_features_and_other_prompts(self, encoder, paths, native):
         shown = build_page(
-            encoder, paths[:1], {"sign": "Find the sign."}, tokenizer=native, features=["sign", "image"]
+            encoder, read_images(paths[:1]), {"sign": "Find the sign."}, tokenizer=native, features=["sign", "image"]
         )
         assert shown.captions == {"sign": "Find the sign.", "image": "Without a prompt."}
         assert list(shown.rows[0].maps) == ["sign", "image"]
         with pytest.raises(ValueError, match="There is no feature 'sign'; choose from image, caption, grounding"):
-            build_page(encoder, paths, features=["sign"])
+            build_page(encoder, read_images(paths), features=["sign"])
 
     def test_untrained_parts_are_named(self, encoder, paths):
         model = tiny_model()
@@ -79,14 +77,14 @@ class TestBuild:
         model.model.language_model.norm.weight.data *= 0.9
         assert not is_untrained(model.model.vision_tower) and not is_untrained(model.model.language_model)
         assert not is_untrained(model.model.multi_modal_projector)
-        assert build_page(encoder, paths[:1]).untrained == []
+        assert build_page(encoder, read_images(paths[:1])).untrained == []
 
 
 class TestFiles:
     def test_the_same_inputs_give_the_same_bytes(self, encoder, paths, tmp_path):
         pytest.importorskip("matplotlib")
         for name in ("one", "two"):
-            shown = build_page(encoder, paths)
+            shown = build_page(encoder, read_images(paths))
             write_html(shown, tmp_path / f"{name}.html", ATTACK)
             write_png(shown, tmp_path / f"{name}.png", ATTACK)
         for suffix in ("html", "png"):
@@ -103,7 +101,7 @@ class TestBrowser:
     @pytest.mark.slow
     @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (360, "dark")])
     def test_similarities_of_a_tapped_position(self, width, scheme, encoder, paths, browser, tmp_path):
-        write_html(build_page(encoder, paths), tmp_path / "page.html", ATTACK)
+        write_html(build_page(encoder, read_images(paths)), tmp_path / "page.html", ATTACK)
         opened, requests, errors = open_page(browser, tmp_path / "page.html", width, scheme)
         assert opened.title() == ATTACK
         assert opened.locator("h2").all_text_contents() == [path.name for path in paths]
@@ -134,7 +132,7 @@ class TestBrowser:
 
     @pytest.mark.slow
     def test_background_slider_and_keys(self, encoder, paths, browser, tmp_path):
-        shown = build_page(encoder, paths, background=0.25)
+        shown = build_page(encoder, read_images(paths), background=0.25)
         write_html(shown, tmp_path / "page.html", "x")
         opened, _, errors = open_page(browser, tmp_path / "page.html", 1280, "light")
         canvas = opened.locator("article").first.locator("figure[data-name=caption] canvas")
@@ -157,7 +155,7 @@ class TestBrowser:
     @pytest.mark.slow
     def test_words_of_an_answer(self, converted, paths, browser, tmp_path):
         model, processor = load_pretrained(converted, dtype=torch.float32)
-        shown = build_page(model, paths[:1], processor=processor, question=f"What? {ATTACK}", max_new_tokens=6)
+        shown = build_page(model, read_images(paths[:1]), processor=processor, question=f"What? {ATTACK}")
         write_html(shown, tmp_path / "page.html", "x")
         opened, _, errors = open_page(browser, tmp_path / "page.html", 360, "light")
         answer = shown.rows[0].answer
@@ -246,6 +244,13 @@ class TestCommand:
         assert status("features", tmp_path / "good.png", tmp_path / name, *arguments) == 1
         [error] = [line for line in capfd.readouterr().err.split("\n") if line.startswith("florence-vl: ")]
         assert message in error and output.read_text() == "before"
+
+    def test_too_many_images_for_a_png_or_a_question(self, converted, paths, tmp_path, monkeypatch, capfd):
+        pytest.importorskip("matplotlib")
+        monkeypatch.setattr(page, "MAX_DETAILED", 2)
+        for options in (["--output", tmp_path / "x.png"], ["--output", tmp_path / "x.html", "--question", "What?"]):
+            assert status("features", *paths, "--model", converted, "--device", "cpu", *options) == 1
+            assert "at most 2 images" in capfd.readouterr().err and list(tmp_path.iterdir()) == []
 
     def test_a_question_requires_a_language_model(self, native, paths, tmp_path, capfd):
         arguments = ["--model", native, "--question", "What?", "--output", tmp_path / "page.html"]

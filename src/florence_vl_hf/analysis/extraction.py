@@ -3,7 +3,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from ..conversion.original_processor import load_original_tokenizer, read_proces
 from ..modeling import FlorenceVLConfig, FlorenceVLForConditionalGeneration, FlorenceVLModel
 from ..modeling.configuration_florence_vl import IMAGE_FEATURE
 from ..modeling.modeling_florence_vl import FlorenceVLPrompts, FlorenceVLVisionTower
-from ..processing import FlorenceVLProcessor
 from ..processing.images import read_pixels
 
 
@@ -54,11 +53,15 @@ class VisionEncoder:
     tokenizer: str | Path = PROMPT_TOKENIZER
 
     @classmethod
-    def from_model(
-        cls, model: FlorenceVLModel | FlorenceVLForConditionalGeneration, processor: FlorenceVLProcessor
+    def of(
+        cls,
+        model: FlorenceVLModel | FlorenceVLForConditionalGeneration,
+        image_processor: Any = None,
+        tokenizer: str | Path | None = None,
     ) -> "VisionEncoder":
         """Return the vision tower of a whole model, which shares its weights."""
-        return cls(model.config, _vision_tower(model), processor.image_processor)
+        tower = (model.model if isinstance(model, FlorenceVLForConditionalGeneration) else model).vision_tower
+        return cls(model.config, tower, image_processor, tokenizer or PROMPT_TOKENIZER)
 
 
 @dataclass(frozen=True)
@@ -124,13 +127,13 @@ def extract_features(
     Raises:
         ValueError: If an image cannot be read or a prompt is invalid.
     """
-    config, tower = model.config, _vision_tower(model)
-    if isinstance(model, VisionEncoder):
-        image_processor, tokenizer = image_processor or model.image_processor, tokenizer or model.tokenizer
-    if not isinstance(images, torch.Tensor) and image_processor is None:
-        raise ValueError("`images` are no `pixel_values`; give the processor's `image_processor` too.")
-    tower = _with_all_prompts(tower, config, tokenize_prompts(prompts or {}, tokenizer or PROMPT_TOKENIZER))
-    return _extract(tower, config, images, image_processor, batch_size)
+    if not isinstance(model, VisionEncoder):
+        if not isinstance(images, torch.Tensor) and image_processor is None:
+            raise ValueError("`images` are no `pixel_values`; give the processor's `image_processor` too.")
+        model = VisionEncoder.of(model, image_processor)
+    prompt_token_ids = tokenize_prompts(prompts or {}, tokenizer or model.tokenizer)
+    tower = _with_all_prompts(model.vision_tower, model.config, prompt_token_ids)
+    return _extract(tower, model.config, images, image_processor or model.image_processor, batch_size)
 
 
 def _extract(
@@ -169,24 +172,17 @@ def tokenize_prompts(
     prompts: Mapping[str, str | Sequence[int]], tokenizer: str | Path = PROMPT_TOKENIZER
 ) -> dict[str, list[int]]:
     """Return the token ids of prompts by name, those of texts by the tokenizer of a Florence-2 or BART."""
-    if not any(isinstance(prompt, str) for prompt in prompts.values()):
-        return {name: list(map(int, prompt)) for name, prompt in prompts.items()}
-    try:
-        loaded = load_original_tokenizer(resolve_checkpoint(tokenizer, ("*.json", "*.txt")), BartTokenizer)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"Own prompts require Florence-2's tokenizer; give its directory or Hub id as --tokenizer. {error}"
-        ) from error
-    return {
-        name: loaded(prompt).input_ids if isinstance(prompt, str) else list(map(int, prompt))
-        for name, prompt in prompts.items()
-    }
-
-
-def _vision_tower(model: Any) -> FlorenceVLVisionTower:
-    if isinstance(model, FlorenceVLForConditionalGeneration):
-        model = model.model
-    return model.vision_tower
+    texts = {name: prompt for name, prompt in prompts.items() if isinstance(prompt, str)}
+    token_ids = {name: list(map(int, prompt)) for name, prompt in prompts.items() if name not in texts}
+    if texts:
+        try:
+            loaded = load_original_tokenizer(resolve_checkpoint(tokenizer, ("*.json", "*.txt")), BartTokenizer)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"Own prompts require Florence-2's tokenizer; give its directory or Hub id as --tokenizer. {error}"
+            ) from error
+        token_ids |= {name: loaded(text).input_ids for name, text in texts.items()}
+    return {name: token_ids[name] for name in prompts}
 
 
 def _with_all_prompts(
@@ -236,7 +232,7 @@ def load_vision_encoder(
     directory = resolve_checkpoint(path_or_id, **hub_kwargs)
     if not (directory / "config.json").is_file() and (directory / "adapter_config.json").is_file():
         model, processor = load_pretrained(directory, dtype=dtype or "auto", device_map=device)
-        return replace(VisionEncoder.from_model(model, processor), tokenizer=tokenizer or PROMPT_TOKENIZER)
+        return VisionEncoder.of(model.eval(), processor.image_processor, tokenizer)
     config, tensors, image_processor = _read_encoder(directory)
     with config_errors(directory), torch.device("meta"):
         tower = FlorenceVLVisionTower(config)

@@ -31,22 +31,24 @@ from .feature_maps import (
 
 # Longest side of an image on the page, in pixels.
 THUMBNAIL_SIZE = 384
-# Images whose similarities and answers a page holds: at most 0.2 MB per image and map of 24 x 24 positions, and rows
-# of a PNG. Of further images, an HTML page has the colours alone, about 30 kB each.
+# Images whose similarities and answers a page holds, 0.2 MB each at 24 x 24 positions, and of a PNG. Of further
+# images, an HTML page has the colours alone, about 30 kB each.
 MAX_DETAILED = 50
 # Features of as many images are kept in memory between the two passes over them; those of more are computed twice.
 MAX_KEPT = 16
 # Of positions of the background, from 0 to 255.
-BACKGROUND_OPACITY = 45
+BACKGROUND_OPACITY = 70
 
 
 @dataclass
 class Row:
-    """What is shown of one image. Maps are uint8 of shape `(height, width, 3)`, by name."""
+    """What is shown of one image."""
 
+    path: Path
     name: str
-    thumbnail: Image.Image
-    maps: dict[str, torch.Tensor] = field(default_factory=dict)
+    size: tuple[int, int]  # width and height
+    thumbnail: str  # a data URL
+    maps: dict[str, torch.Tensor] = field(default_factory=dict)  # by name, uint8 of shape (height, width, 3)
     similarities: dict[str, Similarities] = field(default_factory=dict)
     answer: AnswerAttention | None = None
 
@@ -71,20 +73,26 @@ class FeaturePage:
         return [one for row in self.rows for one in row.similarities.values()]
 
 
-def list_images(paths: Sequence[Path]) -> list[Path]:
+def read_images(paths: Sequence[Path]) -> list[Row]:
     """
-    Return the images in files and directories.
+    Read image files and the images in directories, which are named relative to them.
 
     Raises:
-        ValueError: If a path does not exist, or a directory has no images.
+        ValueError: If a file is not an image, or a directory has none.
     """
-    images: list[Path] = []
+    files: list[tuple[Path, str]] = []
     for path in paths:
-        found = find_images(path) if path.is_dir() else [path]
-        if not found:
+        found = [(file, str(file.relative_to(path))) for file in find_images(path)] if path.is_dir() else None
+        if found == []:
             raise ValueError(f"{path} has no images; give image files, or directories of images.")
-        images += found
-    return images
+        files += found or [(path, path.name)]
+    rows = []
+    with tqdm(files, desc="Reading images") as progress:  # ended before an error is printed
+        for file, name in progress:
+            image = open_image(file)
+            image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+            rows.append(Row(file, name, image.size, data_url(image, "JPEG", quality=80)))
+    return rows
 
 
 def is_untrained(part: torch.nn.Module) -> bool:
@@ -107,7 +115,7 @@ def is_untrained(part: torch.nn.Module) -> bool:
 
 def build_page(
     model: VisionEncoder | FlorenceVLForConditionalGeneration,
-    images: Sequence[Path],
+    rows: list[Row],
     prompts: Mapping[str, str] | None = None,
     *,
     processor: Any = None,
@@ -117,7 +125,6 @@ def build_page(
     background: float | None = None,
     question: str | None = None,
     layer: int | None = None,
-    max_new_tokens: int = 64,
     batch_size: int = 8,
 ) -> FeaturePage:
     """
@@ -125,7 +132,7 @@ def build_page(
 
     Args:
         model (`VisionEncoder` or `FlorenceVLForConditionalGeneration`): The model.
-        images (sequence of `Path`): Image files. Features of more than 16 are computed twice, to need little memory.
+        rows (`list[Row]`): Images of `read_images`. Features of more than 16 are computed twice, for little memory.
         prompts, tokenizer, batch_size: As in `extract_features`.
         processor (`FlorenceVLProcessor`, *optional*): The processor of a whole model.
         features (sequence of `str`, *optional*): Which features are shown, in order: `image` (V) and names of prompts.
@@ -136,13 +143,13 @@ def build_page(
             background. By default, that of Otsu's method.
         question (`str`, *optional*): Asked about each image, to show which image tokens each word of the answer
             attends to. Requires a whole model.
-        layer, max_new_tokens: As in `attend`.
+        layer: As in `attend`.
 
     Raises:
         ValueError: If an image cannot be read, or a feature or a layer does not exist.
     """
-    encoder = model if isinstance(model, VisionEncoder) else VisionEncoder.from_model(model, processor)
-    config = encoder.config
+    encoder = model if isinstance(model, VisionEncoder) else VisionEncoder.of(model, processor.image_processor)
+    config, images = encoder.config, [row.path for row in rows]
     all_captions = {IMAGE_FEATURE: "Without a prompt.", **config.prompts, **(prompts or {})}
     if unknown := [name for name in features or [] if name not in all_captions]:
         raise ValueError(
@@ -153,8 +160,6 @@ def build_page(
         raise ValueError("The model has no feature map: its only `image_feature_source` is an average.")
     if question is not None and (isinstance(model, VisionEncoder) or len(images) > MAX_DETAILED):
         raise ValueError(f"A question requires a language model, and at most {MAX_DETAILED} images.")
-    with tqdm(images, desc="Reading images") as progress:  # ended before an error is printed
-        rows = [Row(path.name, _thumbnail(path)) for path in progress]
 
     def maps(description: str) -> Iterator[dict[str, torch.Tensor]]:
         extracted = extract_features(encoder, images, prompts, tokenizer=tokenizer, batch_size=batch_size)
@@ -175,9 +180,8 @@ def build_page(
     parts: dict[str, torch.nn.Module] = {"vision encoder": encoder.vision_tower}
     if question is not None and not isinstance(model, VisionEncoder):
         parts |= {"projector": model.model.multi_modal_projector, "language model": model.model.language_model}
-        with tqdm(zip(rows, images, strict=True), desc="Answering", total=len(rows)) as progress:
-            for row, path in progress:
-                row.answer = attend(model, processor, open_image(path), question, layer, max_new_tokens)
+        for row in tqdm(rows, desc="Answering"):
+            row.answer = attend(model, processor, open_image(row.path), question, layer)
     return FeaturePage(
         rows,
         captions,
@@ -192,12 +196,6 @@ def build_page(
     )
 
 
-def _thumbnail(path: Path) -> Image.Image:
-    image = open_image(path)
-    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-    return image
-
-
 def write_html(page: FeaturePage, path: Path, title: str) -> None:
     """Write a page that browsers open without a network, the same for the same maps."""
     environment = Environment(
@@ -209,7 +207,6 @@ def write_html(page: FeaturePage, path: Path, title: str) -> None:
     )
     environment.filters |= {
         "base64": lambda tensor: base64.b64encode(tensor.contiguous().numpy().tobytes()).decode(),
-        "data_url": lambda image: data_url(image, "JPEG", quality=80),
         "attention": _attention,
     }
     names = {"labels": _labels(page), "max_detailed": MAX_DETAILED, "opacity": BACKGROUND_OPACITY}
@@ -231,21 +228,18 @@ def _attention(answer: AnswerAttention, positions: slice) -> Iterator[dict[str, 
 
 
 def write_png(page: FeaturePage, path: Path, title: str) -> None:
-    """
-    Draw the maps of each image in a row, with the background dimmed, and of an answer its mean attention.
-
-    Raises:
-        ValueError: If there are too many images for one PNG.
-    """
+    """Draw the maps of each image in a row, with the background dimmed, and of an answer its mean attention."""
     from matplotlib.figure import Figure  # without a display, and without global state
 
-    if len(page.rows) > MAX_DETAILED:
-        raise ValueError(f"A PNG shows at most {MAX_DETAILED} images, got {len(page.rows)}; write an .html file.")
     labels = ["image", *_labels(page).values(), *([] if page.question is None else ["attention"])]
-    figure = Figure(figsize=(2 * len(labels), 2.15 * len(page.rows) + 0.5), dpi=120, layout="constrained")
-    grid = figure.subplots(len(page.rows), len(labels), squeeze=False)
-    for row, axes in zip(page.rows, grid, strict=True):
-        image = ImageOps.pad(row.thumbnail, (THUMBNAIL_SIZE,) * 2) if page.is_padded else row.thumbnail
+    files = [BytesIO(base64.b64decode(row.thumbnail.partition(",")[2])) for row in page.rows]
+    side = (THUMBNAIL_SIZE, THUMBNAIL_SIZE)
+    images = [ImageOps.pad(Image.open(file), side) if page.is_padded else Image.open(file) for file in files]
+    caption = 0.1 if page.question is None else 0.4
+    heights = [2 * image.height / image.width + caption for image in images]  # in inches
+    figure = Figure(figsize=(2 * len(labels), sum(heights) + 0.5), dpi=120, layout="constrained")
+    grid = figure.subplots(len(images), len(labels), squeeze=False, height_ratios=heights)
+    for row, image, axes in zip(page.rows, images, grid, strict=True):
         extent = (0, image.width, image.height, 0)
         axes[0].imshow(image, extent=extent)
         for axis, colors in zip(axes[1:], row.maps.values(), strict=False):
@@ -269,4 +263,4 @@ def write_png(page: FeaturePage, path: Path, title: str) -> None:
     write_file(path, file.getvalue())
 
 
-__all__ = ["FeaturePage", "build_page", "list_images", "write_html", "write_png"]
+__all__ = ["FeaturePage", "Row", "build_page", "read_images", "write_html", "write_png"]
