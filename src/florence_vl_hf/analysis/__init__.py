@@ -1,5 +1,5 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a model computes from an image: its features, maps of them, how well they fit text, the attention of an answer."""
+"""What a model computes from images: features, maps of them, how well they fit text, the attention of an answer."""
 
 from .alignment import align, fit_linear_map, linear_cka, mutual_knn
 from .attention import AnswerAttention, attend
