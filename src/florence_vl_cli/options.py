@@ -69,6 +69,23 @@ LoadIn8bit = Annotated[
 ]
 
 
+Prompt = Annotated[
+    list[str] | None,
+    Option(metavar='NAME="TEXT"', help="Add a prompt or override caption, ocr or grounding. Can be repeated."),
+]
+
+
+def parse_prompts(values: list[str] | None) -> dict[str, str]:
+    """Return the prompts of the option `Prompt` by name."""
+    prompts = {}
+    for given in values or []:
+        name, _, text = (part.strip() for part in given.partition("="))
+        if not (name and text):
+            raise typer.BadParameter(f'{given!r} is not NAME="TEXT".', param_hint="--prompt")
+        prompts[name] = text
+    return prompts
+
+
 def torch_dtype(name: str | None) -> "torch.dtype | None":
     import torch
 

@@ -328,6 +328,13 @@ def output_directory(output: Path) -> Iterator[Path]:
             raise
 
 
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file that is complete when it appears, a text in UTF-8."""
+    temporary = path.with_name(f".{path.name}.incomplete")
+    temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    os.replace(temporary, path)
+
+
 def write_tensors(directory: Path, tensors: dict[str, LazyTensor], max_shard_size: int | str) -> None:
     """
     Write tensors as `model.safetensors`, or as shards and their index, with one shard in memory at a time.

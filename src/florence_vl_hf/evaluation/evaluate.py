@@ -9,8 +9,9 @@ from typing import Any
 import datasets
 from accelerate import PartialState
 
+from ..conversion.checkpoint_files import write_file
 from .metrics import score
-from .prediction import describe, predict, write_file
+from .prediction import describe, predict
 from .report import write_report
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..conversion import load_pretrained
-from ..conversion.checkpoint_files import CHECKPOINT_FILES, locked, read_json
+from ..conversion.checkpoint_files import CHECKPOINT_FILES, locked, read_json, write_file
 from ..training.data_loading import EVALUATION_FEATURES
 from ..training.samples import SampleError
 from .generation import generate_answers
@@ -186,11 +186,4 @@ def _to_line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a file that is complete when it appears."""
-    temporary = path.with_name(f".{path.name}.incomplete")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-__all__ = ["describe", "predict", "write_file"]
+__all__ = ["describe", "predict"]
