@@ -53,9 +53,9 @@ def assert_words_have_their_tokens(answer, token_ids, expected, processor):
 
 def test_words_have_the_tokens_of_their_characters(llama):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(llama)
-    token_ids = [*tokenizer("Say  hello🌍x world").input_ids, tokenizer.eos_token_id]
+    token_ids = [*tokenizer("Say  hello🌍x 🌍! world").input_ids, tokenizer.eos_token_id]
     words, groups = _words(tokenizer, token_ids)
-    assert words == ["Say", "hello🌍x", "world"]
+    assert words == ["Say", "hello🌍x", "🌍!", "world"]
     assert [tokenizer.decode(token_ids[group[0] : group[-1] + 1]).strip() for group in groups] == words
     assert all(group == list(range(group[0], group[-1] + 1)) for group in groups)
     assert {token_ids[i] for i in range(len(token_ids))} - {token_ids[i] for group in groups for i in group} <= {

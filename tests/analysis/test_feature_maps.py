@@ -95,4 +95,8 @@ class TestSimilarities:
         exact = torch.nn.functional.cosine_similarity(flat[:, None], flat[None], dim=-1)
         assert compressed.vectors.dtype == torch.int8
         assert_close(compressed.error, float((restored @ restored.T - exact).abs().max()), rtol=1e-3, atol=1e-6)
-        assert (compressed.error < 0.02) == (num_components == 64)
+        # No worse than the best approximation of that rank, but for the 8 bits.
+        variances, directions = torch.linalg.eigh(exact)
+        kept = directions[:, -num_components:] * variances[-num_components:]
+        best = (kept @ directions[:, -num_components:].T - exact).abs().max()
+        assert best <= compressed.error < best + 0.02

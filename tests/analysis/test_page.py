@@ -223,7 +223,7 @@ class TestCommand:
         [
             ("nowhere.png", [], "There is no image"),
             ("empty", [], "has no images"),
-            ("text.png", [], "cannot be read as an image"),
+            ("text.png", ["--model", "nowhere"], "cannot be read as an image"),  # before the model
             ("good.png", ["--features", "image,sign"], "There is no feature 'sign'"),
             ("good.png", ["--prompt", "image=What?", "--tokenizer", "NATIVE"], "A prompt is named 'image'"),
             ("good.png", ["--prompt", "sign=What?", "--tokenizer", "nowhere"], "Own prompts require Florence-2's"),

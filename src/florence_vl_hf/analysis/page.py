@@ -32,7 +32,7 @@ from .feature_maps import (
 # Longest side of an image on the page, in pixels.
 THUMBNAIL_SIZE = 384
 # Images whose similarities and answers a page holds, 0.2 MB each at 24 x 24 positions, and of a PNG. Of further
-# images, an HTML page has the colours alone, about 30 kB each.
+# images, an HTML page has the colours alone, about 40 kB each.
 MAX_DETAILED = 50
 # Features of as many images are kept in memory between the two passes over them; those of more are computed twice.
 MAX_KEPT = 16
