@@ -39,7 +39,7 @@ def align(
 ) -> None:
     """Measure how well visual features fit a language model's states of captions. The same command resumes."""
     if find_spec("matplotlib") is None:
-        raise ImportError("`align` requires more packages: pip install 'florence_vl_hf[analysis]'")
+        raise ImportError("`align` requires more packages; run `pip install 'florence_vl_hf[analysis]'`.")
     from florence_vl_hf import analysis
     from florence_vl_hf.analysis.alignment_files import read_pairs, write_alignment
     from florence_vl_hf.conversion.checkpoint_files import output_directory

@@ -52,7 +52,7 @@ def features(
     if wrong := [path for path in output if path.suffix.lower() not in (".html", ".png") or path.is_dir()]:
         raise typer.BadParameter(f"{wrong[0]} is not an .html or .png file.", param_hint="--output")
     if any(path.suffix.lower() == ".png" for path in output) and find_spec("matplotlib") is None:
-        raise ImportError("A PNG requires more packages: pip install 'florence_vl_hf[analysis]'")
+        raise ImportError("A PNG requires more packages; run `pip install 'florence_vl_hf[analysis]'`.")
     from florence_vl_hf.analysis import load_vision_encoder
     from florence_vl_hf.analysis.page import MAX_DETAILED, build_page, read_images, write_html, write_png
     from florence_vl_hf.conversion import load_pretrained

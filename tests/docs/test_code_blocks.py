@@ -18,8 +18,16 @@ import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
 from huggingface_hub.utils import httpx
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import Florence2ForConditionalGeneration, GenerationConfig
+from transformers import (
+    AutoModel,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    Dinov2Config,
+    Florence2ForConditionalGeneration,
+    GenerationConfig,
+)
 from typer.testing import CliRunner
 
 from florence_vl_cli import app
@@ -62,6 +70,16 @@ def save_wide_model(directory: Path) -> None:
     model.save_pretrained(directory)
 
 
+def save_encoders(directory: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    for name, config in {
+        "openai/clip-vit-large-patch14-336": CLIPVisionConfig(**sizes, intermediate_size=16),
+        "facebook/dinov2-large": Dinov2Config(**sizes),
+    }.items():
+        AutoModel.from_config(config).save_pretrained(directory / name)
+        CLIPImageProcessorPil(size=28, crop_size=28).save_pretrained(directory / name)
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages assume to exist, relative to the working directory. Hub ids are directories here."""
@@ -74,17 +92,27 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Florence2ForConditionalGeneration(config).save_pretrained(tower)
     shutil.copy(LLAMA.vision_tower / "preprocessor_config.json", tower)
     save_tower_tokenizer(tower)
+    shutil.copytree(tower, directory / "microsoft/Florence-2-large")
     save_llm(directory / "microsoft/Phi-3.5-mini-instruct", "phi3")
+    save_llm(directory / "meta-llama/Llama-3.1-8B", "llama")
+    save_encoders(directory)
 
     shutil.copytree(LLAMA.folder / "images", directory / "photos")
     shutil.copytree(LLAMA.folder / "images", directory / "data/images")
-    shutil.copy(LLAMA.image_path("odd.jpg"), directory / "street.jpg")
+    for name in ("street", "sign"):
+        shutil.copy(LLAMA.image_path("odd.jpg"), directory / f"{name}.jpg")
     names = LLAMA.reference["images"]
     samples = [llava_sample(i, names[i : i + (1, 0, 2)[i % 3]]) for i in range(4)]
     for name in ("mine", "finetune"):
         (directory / f"data/{name}.json").write_text(json.dumps(samples))
     shutil.copytree(LLAMA.folder / "images", directory, dirs_exist_ok=True)
     (directory / "questions.jsonl").write_text("\n".join(map(json.dumps, samples)))
+
+    pairs = [{"image": f"pairs/{i}.png", "caption": f"Number {i}."} for i in range(20)]
+    (directory / "pairs").mkdir()
+    for i, pair in enumerate(pairs):
+        Image.new("RGB", (64, 64), (12 * i, 100, 200)).save(directory / pair["image"])
+    (directory / "pairs.json").write_text(json.dumps(pairs))
 
     # A projector trained by the original.
     (directory / "my-projector").mkdir()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..conversion.checkpoint_files import locked
 from ..modeling.configuration_florence_vl import IMAGE_FEATURE
 from .encoders import digest_of, encode_items, florence_encoder, image_encoder, language_encoder
-from .extraction import open_image
+from .extraction import available_device, open_image
 
 
 # Fraction of the images that the linear map is not trained on.
@@ -84,7 +84,8 @@ def mutual_knn(x: torch.Tensor, y: torch.Tensor, k: int = NUM_NEIGHBORS) -> floa
     Source: Huh et al., "The Platonic Representation Hypothesis", ICML 2024 (arXiv 2405.07987).
 
     Args:
-        x, y (`torch.Tensor` of shape `(num_samples, num_channels)`): The samples in both spaces, in the same order.
+        x (`torch.Tensor` of shape `(num_samples, num_channels)`): The samples in one space.
+        y (`torch.Tensor` of shape `(num_samples, num_channels)`): The samples in the other space, in the same order.
         k (`int`, *optional*, defaults to 10): Number of neighbours.
 
     Raises:
@@ -115,7 +116,8 @@ def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
     Source: Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML 2019 (arXiv 1905.00414).
 
     Args:
-        x, y (`torch.Tensor` of shape `(num_samples, num_channels)`): The samples in both spaces, in the same order.
+        x (`torch.Tensor` of shape `(num_samples, num_channels)`): The samples in one space.
+        y (`torch.Tensor` of shape `(num_samples, num_channels)`): The samples in the other space, in the same order.
 
     Raises:
         ValueError: If `x` and `y` have different numbers of samples, or one.
@@ -173,8 +175,7 @@ def align(
     Raises:
         ValueError: If a model cannot be loaded, or fewer than 20 images can be read.
     """
-    if device == "auto":
-        device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    device = str(available_device(device))
     # All are found before anything is computed.
     others = [image_encoder(encoder, dtype, device) for encoder in encoders]
     language_model, florence = language_encoder(llm or model, dtype, device), florence_encoder(model, dtype, device)

@@ -91,6 +91,14 @@ class ImageFeatures:
         }
 
 
+def available_device(device: str | torch.device) -> str | torch.device:
+    """Return the device, an accelerator if there is one for `"auto"`."""
+    if device != "auto":
+        return device
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or "cpu"
+
+
 def position_tokens(config: FlorenceVLConfig) -> slice:
     """Return which feature tokens are the positions of the feature map: the first source with one token for each."""
     sources = list(config.image_feature_source)
@@ -227,8 +235,7 @@ def load_vision_encoder(
     Raises:
         CheckpointError: If anything is missing, misshapen or damaged.
     """
-    if device == "auto":
-        device = torch.accelerator.current_accelerator() or "cpu"
+    device = available_device(device)
     directory = resolve_checkpoint(path_or_id, **hub_kwargs)
     if not (directory / "config.json").is_file() and (directory / "adapter_config.json").is_file():
         model, processor = load_pretrained(directory, dtype=dtype or "auto", device_map=device)
