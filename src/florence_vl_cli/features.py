@@ -3,7 +3,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -51,37 +51,37 @@ def features(
     """Show what the vision encoder sees in images: V and the features of each prompt, as colour maps."""
     if wrong := [path for path in output if path.suffix.lower() not in (".html", ".png") or path.is_dir()]:
         raise typer.BadParameter(f"{wrong[0]} is not an .html or .png file.", param_hint="--output")
-    if any(path.suffix.lower() == ".png" for path in output) and find_spec("matplotlib") is None:
+    is_png = any(path.suffix.lower() == ".png" for path in output)
+    if is_png and find_spec("matplotlib") is None:
         raise ImportError("A PNG requires more packages; run `pip install 'florence_vl_hf[analysis]'`.")
-    from florence_vl_hf.analysis import load_vision_encoder
-    from florence_vl_hf.analysis.page import MAX_DETAILED, build_page, read_images, write_html, write_png
+    from florence_vl_hf.analysis import VisionEncoder, load_vision_encoder
+    from florence_vl_hf.analysis import page as pages
     from florence_vl_hf.conversion import load_pretrained
 
     # Before the model, which takes long to load.
-    rows, prompts = read_images(images), options.parse_prompts(prompt)
-    if any(path.suffix.lower() == ".png" for path in output) and len(rows) > MAX_DETAILED:
-        raise ValueError(f"A PNG shows at most {MAX_DETAILED} images, got {len(rows)}; write an .html file.")
+    rows, prompts = pages.read_images(images), options.parse_prompts(prompt)
+    if (is_png or question is not None) and len(rows) > pages.MAX_DETAILED:
+        raise ValueError(f"A PNG or a question supports at most {pages.MAX_DETAILED} images, got {len(rows)}.")
     for path in output:
         path.parent.mkdir(parents=True, exist_ok=True)
-    network, processor = None, None
+    whole: Any = None  # model and processor
     if question is None:
-        network = load_vision_encoder(model, tokenizer=tokenizer, dtype=options.torch_dtype(dtype), device=device)
+        encoder = load_vision_encoder(model, tokenizer=tokenizer, dtype=options.torch_dtype(dtype), device=device)
     else:
-        network, processor = load_pretrained(model, dtype=dtype or "auto", device_map=device)
-    page = build_page(
-        network,
+        whole = load_pretrained(model, dtype=dtype or "auto", device_map=device)
+        encoder = VisionEncoder.of(whole[0].eval(), whole[1].image_processor, tokenizer)
+    page = pages.build_page(
+        encoder,
         rows,
         prompts,
-        processor=processor,
-        tokenizer=tokenizer,
         features=features,
         per_image=per_image,
         background=background,
-        question=question,
-        layer=layer,
         batch_size=batch_size,
     )
+    if question is not None:
+        pages.add_answers(page, whole[0], whole[1], question, layer)
     title = f"Features of {Path(model).name if Path(model).is_dir() else model}"
     for path in output:
-        (write_png if path.suffix.lower() == ".png" else write_html)(page, path, title)
+        (pages.write_png if path.suffix.lower() == ".png" else pages.write_html)(page, path, title)
         typer.echo(f"Wrote {path}: {len(page.captions)} maps of {len(rows):,} images.")

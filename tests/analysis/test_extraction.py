@@ -5,19 +5,20 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 from transformers import Florence2ForConditionalGeneration
 
 from florence_vl_hf.analysis import extract_features, load_vision_encoder
 from florence_vl_hf.analysis.extraction import position_tokens
-from florence_vl_hf.conversion import load_original
+from florence_vl_hf.conversion import CheckpointError, load_original, load_pretrained
 from florence_vl_hf.modeling.configuration_florence_vl import DEFAULT_PROMPT_TOKEN_IDS
 
 from ..conftest import tiny_config, tiny_model
-from ..conversion.test_assemble_florence_vl import first_release, native
+from ..conversion.test_assemble_florence_vl import first_release, llama, native
 
 
-__all__ = ["first_release", "native"]
+__all__ = ["first_release", "llama", "native"]
 
 
 @pytest.fixture
@@ -86,6 +87,26 @@ class TestLoadVisionEncoder:
             [extracted] = extract_features(encoder, paths)
             assert_close(extracted.tokens, expected.tokens, rtol=0, atol=0)
             assert not any("decoder" in name for name, _ in encoder.vision_tower.named_parameters())
+
+    def test_adapter_of_the_vision_tower(self, converted, golden, tmp_path):
+        adapted = get_peft_model(
+            load_pretrained(converted, dtype=torch.float32)[0],
+            LoraConfig(target_modules=r".*vision_tower.*q_proj", init_lora_weights=False),
+        ).eval()
+        adapted.save_pretrained(tmp_path)
+        load_pretrained(converted)[1].save_pretrained(tmp_path)
+        paths = [golden.image_path("odd.jpg")]
+        encoder = load_vision_encoder(tmp_path, dtype=torch.float32)
+        [extracted] = extract_features(encoder, paths)
+        pixels = encoder.image_processor([golden.image("odd.jpg")], return_tensors="pt")["pixel_values"]
+        expected = adapted.get_base_model().get_image_features(pixels).features
+        assert_close(extracted.tokens, {name: feature[0] for name, feature in expected.items()})
+        [before] = extract_features(load_vision_encoder(converted, dtype=torch.float32), paths)
+        assert (extracted.tokens["ocr"] - before.tokens["ocr"]).abs().max() > 1e-3
+
+    def test_other_models_are_refused(self, llama):
+        with pytest.raises(CheckpointError, match="has model type 'llama', expected a Florence-VL or a Florence-2"):
+            load_vision_encoder(llama)
 
     def test_florence_2_of_transformers(self, native):
         encoder = load_vision_encoder(native)

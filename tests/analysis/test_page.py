@@ -2,21 +2,23 @@
 """The page of `florence-vl features`: computed, written, used in a browser, and from the command line."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from florence_vl_hf.analysis import extract_features, load_vision_encoder, page
-from florence_vl_hf.analysis.page import build_page, is_untrained, read_images, write_html, write_png
+from florence_vl_hf.analysis import VisionEncoder, extract_features, load_vision_encoder, page
+from florence_vl_hf.analysis.page import add_answers, build_page, is_untrained, read_images, write_html, write_png
 from florence_vl_hf.conversion import load_pretrained
 
 from ..conftest import status, tiny_model
-from ..conversion.test_assemble_florence_vl import native
+from ..conversion.test_assemble_florence_vl import llama, native
+from .test_attention import token_model
 
 
-__all__ = ["native"]
+__all__ = ["llama", "native", "token_model"]
 
 ONE_MODEL = pytest.mark.parametrize("golden", ["phi-small"], indirect=True, scope="session")
 pytestmark = ONE_MODEL
@@ -60,9 +62,8 @@ class TestBuild:
         assert "for the first 2 images" in text
 
     def test_chosen_features_and_other_prompts(self, encoder, paths, native):
-        shown = build_page(
-            encoder, read_images(paths[:1]), {"sign": "Find the sign."}, tokenizer=native, features=["sign", "image"]
-        )
+        encoder = replace(encoder, tokenizer=native)
+        shown = build_page(encoder, read_images(paths[:1]), {"sign": "Find the sign."}, features=["sign", "image"])
         assert shown.captions == {"sign": "Find the sign.", "image": "Without a prompt."}
         assert list(shown.rows[0].maps) == ["sign", "image"]
         with pytest.raises(ValueError, match="There is no feature 'sign'; choose from image, caption, grounding"):
@@ -155,7 +156,8 @@ class TestBrowser:
     @pytest.mark.slow
     def test_words_of_an_answer(self, converted, paths, browser, tmp_path):
         model, processor = load_pretrained(converted, dtype=torch.float32)
-        shown = build_page(model, read_images(paths[:1]), processor=processor, question=f"What? {ATTACK}")
+        shown = build_page(VisionEncoder.of(model, processor.image_processor), read_images(paths[:1]))
+        add_answers(shown, model, processor, f"What? {ATTACK}")
         write_html(shown, tmp_path / "page.html", "x")
         opened, _, errors = open_page(browser, tmp_path / "page.html", 360, "light")
         answer = shown.rows[0].answer
@@ -171,6 +173,26 @@ class TestBrowser:
             assert total in opened.locator(".answer output").inner_text()
         opened.locator("button").nth(len(answer.words) - 1).click()
         assert max(pixels(overlay)[3::4]) == 0 and errors == []
+
+    @pytest.mark.slow
+    def test_words_of_token_fusion_have_a_map_per_feature(self, token_model, paths, browser, tmp_path):
+        model, processor = token_model
+        shown = build_page(VisionEncoder.of(model, processor.image_processor), read_images(paths[:1]))
+        add_answers(shown, model, processor, "Hello world", layer=1)
+        write_html(shown, tmp_path / "page.html", "x")
+        opened, _, errors = open_page(browser, tmp_path / "page.html", 1280, "light")
+        assert "of layer 1" in opened.locator("p").last.inner_text()
+        answer = shown.rows[0].answer
+        weights = answer.weights[0][:, shown.positions]  # (num_features, num_positions)
+        grounding = pixels(opened.locator("figure[data-name=grounding] canvas"))
+        opened.locator("button").first.click()
+        part, position = divmod(int(weights.argmax()), weights.shape[1])
+        assert brightest(opened.locator(f"figure[data-name={answer.parts[part]}] canvas"), skip=[]) == position
+        assert brightest(opened.locator(f"figure[data-name={answer.parts[part - 1]}] canvas"), skip=[]) == int(
+            weights[part - 1].argmax()
+        )
+        # It is not fused: no token of it is attended to.
+        assert pixels(opened.locator("figure[data-name=grounding] canvas")) == grounding and errors == []
 
 
 def open_page(browser, path, width, scheme):

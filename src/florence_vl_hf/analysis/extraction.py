@@ -44,7 +44,7 @@ class VisionEncoder:
         config (`FlorenceVLConfig`): Its configuration. Of the language model's part, nothing is used.
         vision_tower (`FlorenceVLVisionTower`): The network.
         image_processor (`BaseImageProcessor`): Prepares its images.
-        tokenizer (`str` or `Path`): Directory or Hub id of the tokenizer of own prompts.
+        tokenizer (`str` or `Path`): Directory or Hub id of a Florence-2 or BART, whose tokenizer reads own prompts.
     """
 
     config: FlorenceVLConfig
@@ -59,7 +59,7 @@ class VisionEncoder:
         image_processor: Any = None,
         tokenizer: str | Path | None = None,
     ) -> "VisionEncoder":
-        """Return the vision tower of a whole model, which shares its weights."""
+        """Return the vision tower of a whole model, with the same weights in memory."""
         tower = (model.model if isinstance(model, FlorenceVLForConditionalGeneration) else model).vision_tower
         return cls(model.config, tower, image_processor, tokenizer or PROMPT_TOKENIZER)
 
@@ -112,7 +112,6 @@ def extract_features(
     prompts: Mapping[str, str | Sequence[int]] | None = None,
     *,
     image_processor: BaseImageProcessor | None = None,
-    tokenizer: str | Path | None = None,
     batch_size: int = 8,
 ) -> Iterator[ImageFeatures]:
     """
@@ -122,11 +121,9 @@ def extract_features(
         model (`VisionEncoder`, `FlorenceVLModel` or `FlorenceVLForConditionalGeneration`): The model.
         images (`torch.Tensor` or iterable of `PIL.Image`, `str` or `Path`): `pixel_values` of shape
             `(num_images, 3, image_size, image_size)`, or images or their paths, which are read batch by batch.
-        prompts (mapping of `str` to `str` or token ids, *optional*): Prompts by name, beside the model's. Text is
-            tokenized; token ids are of Florence-2's vocabulary, with special tokens.
+        prompts (mapping of `str` to `str` or token ids, *optional*): Prompts by name, beside the model's: texts, which
+            the encoder's `tokenizer` reads, or ids of Florence-2's vocabulary, with special tokens.
         image_processor (`BaseImageProcessor`, *optional*): Prepares images. Required for images and a whole model.
-        tokenizer (`str` or `Path`, *optional*): Directory or Hub id of a Florence-2 or BART, whose tokenizer reads the
-            text of `prompts`. By default, the encoder's own, or that of `microsoft/Florence-2-large`.
         batch_size (`int`, *optional*, defaults to 8): Number of images per forward.
 
     Yields:
@@ -139,8 +136,7 @@ def extract_features(
         if not isinstance(images, torch.Tensor) and image_processor is None:
             raise ValueError("`images` are no `pixel_values`; give the processor's `image_processor` too.")
         model = VisionEncoder.of(model, image_processor)
-    prompt_token_ids = tokenize_prompts(prompts or {}, tokenizer or model.tokenizer)
-    tower = _with_all_prompts(model.vision_tower, model.config, prompt_token_ids)
+    tower = _with_all_prompts(model.vision_tower, model.config, tokenize_prompts(prompts or {}, model.tokenizer))
     return _extract(tower, model.config, images, image_processor or model.image_processor, batch_size)
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..conversion.checkpoint_files import write_file
 from ..modeling import FlorenceVLForConditionalGeneration
 from ..modeling.configuration_florence_vl import IMAGE_FEATURE
+from ..processing import FlorenceVLProcessor
 from ..processing.images import data_url, find_images
 from .attention import AnswerAttention, attend
 from .extraction import VisionEncoder, extract_features, open_image, position_tokens
@@ -91,7 +92,7 @@ def read_images(paths: Sequence[Path]) -> list[Row]:
         for file, name in progress:
             image = open_image(file)
             image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-            rows.append(Row(file, name, image.size, data_url(image, "JPEG", quality=80)))
+            rows.append(Row(file, name, image.size, data_url(image, "JPEG", quality=85)))
     return rows
 
 
@@ -114,59 +115,46 @@ def is_untrained(part: torch.nn.Module) -> bool:
 
 
 def build_page(
-    model: VisionEncoder | FlorenceVLForConditionalGeneration,
+    encoder: VisionEncoder,
     rows: list[Row],
     prompts: Mapping[str, str] | None = None,
     *,
-    processor: Any = None,
-    tokenizer: str | Path | None = None,
     features: Sequence[str] | None = None,
     per_image: bool = False,
     background: float | None = None,
-    question: str | None = None,
-    layer: int | None = None,
     batch_size: int = 8,
 ) -> FeaturePage:
     """
-    Compute what `write_html` and `write_png` show.
+    Compute the maps of images, and their similarities.
 
     Args:
-        model (`VisionEncoder` or `FlorenceVLForConditionalGeneration`): The model.
+        encoder (`VisionEncoder`): The model.
         rows (`list[Row]`): Images of `read_images`. Features of more than 16 are computed twice, for little memory.
-        prompts, tokenizer, batch_size: As in `extract_features`.
-        processor (`FlorenceVLProcessor`, *optional*): The processor of a whole model.
+        prompts, batch_size: As in `extract_features`.
         features (sequence of `str`, *optional*): Which features are shown, in order: `image` (V) and names of prompts.
             By default, all.
-        per_image (`bool`, *optional*, defaults to `False`): Whether each image has a basis and a scale of its own,
-            instead of one for all.
-        background (`float`, *optional*): Threshold of the first component, from 0 to 1, below which positions are
-            background. By default, that of Otsu's method.
-        question (`str`, *optional*): Asked about each image, to show which image tokens each word of the answer
-            attends to. Requires a whole model.
-        layer: As in `attend`.
+        per_image (`bool`, *optional*, defaults to `False`): Whether each image has a basis and a scale of its own.
+        background (`float`, *optional*): Value of the first component, from 0 to 1, below which positions are
+            background. By default, Otsu's threshold.
 
     Raises:
-        ValueError: If an image cannot be read, or a feature or a layer does not exist.
+        ValueError: If a feature or the feature map does not exist, or a prompt is invalid.
     """
-    encoder = model if isinstance(model, VisionEncoder) else VisionEncoder.of(model, processor.image_processor)
-    config, images = encoder.config, [row.path for row in rows]
+    config = encoder.config
     all_captions = {IMAGE_FEATURE: "Without a prompt.", **config.prompts, **(prompts or {})}
     if unknown := [name for name in features or [] if name not in all_captions]:
-        raise ValueError(
-            f"There is no feature {unknown[0]!r}; choose from {', '.join(all_captions)}, or add a prompt."
-        )
+        choices = ", ".join(all_captions)
+        raise ValueError(f"There is no feature {unknown[0]!r}; choose from {choices}, or add a prompt.")
     captions = {name: all_captions[name] for name in features or all_captions}
     if not position_tokens(config).stop:
         raise ValueError("The model has no feature map: its only `image_feature_source` is an average.")
-    if question is not None and (isinstance(model, VisionEncoder) or len(images) > MAX_DETAILED):
-        raise ValueError(f"A question requires a language model, and at most {MAX_DETAILED} images.")
 
     def maps(description: str) -> Iterator[dict[str, torch.Tensor]]:
-        extracted = extract_features(encoder, images, prompts, tokenizer=tokenizer, batch_size=batch_size)
-        for image in tqdm(extracted, desc=description, total=len(images)):
+        extracted = extract_features(encoder, [row.path for row in rows], prompts, batch_size=batch_size)
+        for image in tqdm(extracted, desc=description, total=len(rows)):
             yield {name: image.maps[name] for name in captions}
 
-    kept = list(maps("Computing features")) if len(images) <= MAX_KEPT else None
+    kept = list(maps("Computing features")) if len(rows) <= MAX_KEPT else None
     shared = None if per_image else PrincipalComponents(kept or maps("Computing the basis"))
     scaled = []
     for row, of_image in zip(rows, kept or maps("Computing maps"), strict=True):
@@ -177,11 +165,6 @@ def build_page(
     scaled = scale_components(scaled) if shared else scaled
     for row, colors in zip(rows, scaled, strict=True):
         row.maps = {name: (part * 255).round().byte() for name, part in colors.items()}
-    parts: dict[str, torch.nn.Module] = {"vision encoder": encoder.vision_tower}
-    if question is not None and not isinstance(model, VisionEncoder):
-        parts |= {"projector": model.model.multi_modal_projector, "language model": model.model.language_model}
-        for row in tqdm(rows, desc="Answering"):
-            row.answer = attend(model, processor, open_image(row.path), question, layer)
     return FeaturePage(
         rows,
         captions,
@@ -190,10 +173,23 @@ def build_page(
         bool(getattr(encoder.image_processor, "do_pad", False)),
         background_threshold(scaled) if background is None else background,
         shared.explained_variance if shared else None,
-        [name for name, part in parts.items() if is_untrained(part)],
-        question,
-        layer,
+        ["vision encoder"] if is_untrained(encoder.vision_tower) else [],
     )
+
+
+def add_answers(
+    page: FeaturePage,
+    model: FlorenceVLForConditionalGeneration,
+    processor: FlorenceVLProcessor,
+    question: str,
+    layer: int | None = None,
+) -> None:
+    """Ask a question about each image of a page, and add what each word of the answer attends to, as `attend`."""
+    for row in tqdm(page.rows, desc="Answering"):
+        row.answer = attend(model, processor, open_image(row.path), question, layer)
+    page.question, page.layer = question, layer
+    parts = {"projector": model.model.multi_modal_projector, "language model": model.model.language_model}
+    page.untrained += [name for name, part in parts.items() if is_untrained(part)]
 
 
 def write_html(page: FeaturePage, path: Path, title: str) -> None:
@@ -263,4 +259,4 @@ def write_png(page: FeaturePage, path: Path, title: str) -> None:
     write_file(path, file.getvalue())
 
 
-__all__ = ["FeaturePage", "Row", "build_page", "read_images", "write_html", "write_png"]
+__all__ = ["FeaturePage", "Row", "add_answers", "build_page", "read_images", "write_html", "write_png"]
