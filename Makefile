@@ -11,14 +11,16 @@ VENV_OLDEST := .venv-oldest
 VENV_NEWEST := .venv-newest
 VENV_VLLM := .venv-vllm
 VENV_LMMS := .venv-lmms
+BACKENDS := .cache/quantization
 
-.PHONY: test test-fast test-oldest test-newest conformance test-vllm test-lmms-eval fuzz check style coverage build docs bench \
-	quickstart new-question clean
+.PHONY: test test-fast test-oldest test-newest conformance test-vllm test-lmms-eval test-quantization fuzz check style \
+	coverage build docs bench quickstart new-question clean
 
 # All checks and all tests, as in CI.
 test: check
 	$(VENV)/bin/python $(FETCH)
 	$(VENV)/bin/python $(PYTEST)
+	$(MAKE) test-quantization
 
 # The tests that are not marked `slow`, in under a minute.
 test-fast: $(VENV)/installed
@@ -42,6 +44,10 @@ test-newest:
 # The plug-in for lmms-eval, through its command line. In about two minutes.
 test-lmms-eval: $(VENV_LMMS)/installed
 	$(VENV_LMMS)/bin/python $(PYTEST) tests/lmms_eval
+
+# Quantization with torchao and quanto, too. Not in the environment of the other tests: installed, torchao prints warnings.
+test-quantization: $(BACKENDS)/installed
+	PYTHONPATH=$(BACKENDS) $(VENV)/bin/python $(PYTEST) tests/test_quantization.py tests/docs/test_code_blocks.py -k quantization
 
 # Transformers' own tests of models, processors and pipelines, on Florence-VL. In under three minutes.
 conformance: $(VENV)/installed
@@ -114,6 +120,12 @@ $(VENV_OLDEST)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV_OLDEST)
 	grep -v '^transformers==' constraints.txt > $(VENV_OLDEST)/constraints.txt
 	$(VENV_OLDEST)/bin/python -m pip install --progress-bar off -c $(VENV_OLDEST)/constraints.txt 'transformers==5.19.0' -e '.[test]'
+	touch $@
+
+$(BACKENDS)/installed: $(VENV)/installed
+	rm -rf $(BACKENDS)
+	$(VENV)/bin/python -m pip install --progress-bar off -c constraints.txt --no-deps --target $(BACKENDS) \
+		torchao optimum-quanto ninja
 	touch $@
 
 # vLLM for the CPU, 3.4 GB. It requires torchvision, torchaudio and torchcodec, but this model runs without them.
