@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
+from .ablate import ablate
 from .chat import chat
 from .convert import assemble, convert, export, verify
 from .demo import demo
@@ -19,7 +20,7 @@ from .train import check_data, merge, train
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (convert, export, assemble, verify, check_data, train, merge, chat, predict, serve, demo, push):
+for command in (convert, export, assemble, verify, check_data, train, merge, chat, predict, serve, demo, ablate, push):
     app.command()(command)
 app.command("eval")(evaluate)
 
