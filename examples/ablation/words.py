@@ -4,7 +4,7 @@
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from new_question import write
@@ -13,6 +13,7 @@ from shapes import Question, Scene, draw_samples, list_colours, random_scene
 from transformers import set_seed
 
 from florence_vl_hf import FlorenceVLForConditionalGeneration
+from florence_vl_hf.conversion.checkpoint_files import output_directory
 from florence_vl_hf.modeling.configuration_florence_vl import DEFAULT_PROMPTS
 
 
@@ -38,6 +39,9 @@ def ask_word(scene: Scene) -> Question:
     return Question("Which word is in the image?", scene.word.capitalize() + ".")
 
 
+QUESTIONS = {"colour": list_colours, "place": ask_place, "word": ask_word}
+
+
 def main(
     output: Annotated[Path, typer.Option(help="Output directory of the dataset and the models.")] = Path(
         "ablation-data"
@@ -48,25 +52,35 @@ def main(
     num_models: Annotated[int, typer.Option(help="Number of untrained models, with the seeds 0, 1, …")] = 3,
 ) -> None:
     """Draw training images with three questions each, and evaluation images with one. Save untrained models."""
-    rng, used = Random(seed), set[bytes]()
-    questions = {"colour": list_colours, "place": ask_place, "word": ask_word}
+    with output_directory(output) as directory:
+        samples = draw_data(directory, Random(seed), num_images, held_out)
+        save_models(directory, samples, num_models)
+
+
+def draw_data(directory: Path, rng: Random, num_images: int, held_out: int) -> list[dict[str, Any]]:
+    """Write a training set with all three questions about each image, and an evaluation set per question."""
+    used: set[bytes] = set()
 
     def ask_all(scene: Scene) -> list[Question]:
-        return [ask(scene) for ask in rng.sample(list(questions.values()), len(questions))]
+        return [ask(scene) for ask in rng.sample(list(QUESTIONS.values()), len(QUESTIONS))]
 
     training = draw_samples(rng, num_images, ask_all, "training", used, place_word)
-    write(output, "train", training)
-    for name, ask in questions.items():
-        write(output, name, draw_samples(rng, held_out, ask, name, used, place_word))
+    write(directory, "train", training)
+    for name, ask in QUESTIONS.items():
+        write(directory, name, draw_samples(rng, held_out, ask, name, used, place_word))
+    return training
 
-    texts = [turn["value"].removeprefix("<image>\n") for sample in training for turn in sample["conversations"]]
+
+def save_models(directory: Path, samples: list[dict[str, Any]], num_models: int) -> None:
+    """Save untrained models of the same configuration, with the seeds 0, 1, …"""
+    texts = [turn["value"].removeprefix("<image>\n") for sample in samples for turn in sample["conversations"]]
     tokenizer = build_tokenizer([*texts, *DEFAULT_PROMPTS.values(), SYSTEM_MESSAGE])
     config = build_config(tokenizer)
     processor = build_processor(tokenizer, config.num_image_tokens)
     for number in range(num_models):
         set_seed(number)
-        FlorenceVLForConditionalGeneration(config).save_pretrained(output / f"model-{number}")
-        processor.save_pretrained(output / f"model-{number}")
+        FlorenceVLForConditionalGeneration(config).save_pretrained(directory / f"model-{number}")
+        processor.save_pretrained(directory / f"model-{number}")
 
 
 if __name__ == "__main__":
