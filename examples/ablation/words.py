@@ -6,10 +6,12 @@ from pathlib import Path
 from random import Random
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from new_question import write
+from PIL import Image
 from quickstart import SYSTEM_MESSAGE, build_config, build_processor, build_tokenizer
-from shapes import Question, Scene, draw_samples, list_colours, random_scene
+from shapes import Question, Scene, draw, draw_samples, list_colours, random_scene
 from transformers import set_seed
 
 from florence_vl_hf import FlorenceVLForConditionalGeneration
@@ -18,6 +20,9 @@ from florence_vl_hf.modeling.configuration_florence_vl import DEFAULT_PROMPTS
 
 
 WORDS = ("bar", "bus", "cab", "gym", "ice", "inn", "pub", "spa", "tea", "zoo")
+# The contrast of an image is at least this fraction of the full one. Noise has this standard deviation, of 255.
+MIN_CONTRAST = 0.1
+NOISE = 12
 
 
 def place_word(rng: Random) -> Scene:
@@ -26,6 +31,15 @@ def place_word(rng: Random) -> Scene:
     taken = {(shape.row, shape.column) for shape in scene.shapes}
     free = [(row, column) for row in range(2) for column in range(2) if (row, column) not in taken]
     return replace(scene, word=rng.choice(WORDS), word_place=rng.choice(free))
+
+
+def draw_faintly(rng: Random, scene: Scene) -> Image.Image:
+    """Draw a scene with less contrast, and with noise: some images cannot be read."""
+    image = draw(scene)
+    background = Image.new("RGB", image.size, (scene.background,) * 3)
+    faint = np.asarray(Image.blend(background, image, rng.uniform(MIN_CONTRAST, 1)))
+    noise = np.random.default_rng(rng.getrandbits(32)).normal(0, NOISE, faint.shape)
+    return Image.fromarray((faint + noise).round().clip(0, 255).astype(np.uint8))
 
 
 def ask_place(scene: Scene) -> Question:
@@ -64,10 +78,13 @@ def draw_data(directory: Path, rng: Random, num_images: int, held_out: int) -> l
     def ask_all(scene: Scene) -> list[Question]:
         return [ask(scene) for ask in rng.sample(list(QUESTIONS.values()), len(QUESTIONS))]
 
-    training = draw_samples(rng, num_images, ask_all, "training", used, place_word)
+    def paint(scene: Scene) -> Image.Image:
+        return draw_faintly(rng, scene)
+
+    training = draw_samples(rng, num_images, ask_all, "training", used, place_word, paint)
     write(directory, "train", training)
     for name, ask in QUESTIONS.items():
-        write(directory, name, draw_samples(rng, held_out, ask, name, used, place_word))
+        write(directory, name, draw_samples(rng, held_out, ask, name, used, place_word, paint))
     return training
 
 

@@ -139,6 +139,7 @@ def draw_samples(
     purpose: str,
     used: set[bytes],
     place: Callable[[Random], Scene] = random_scene,
+    paint: Callable[[Scene], Image.Image] = draw,
 ) -> list[dict[str, Any]]:
     """
     Draw images and write one or several questions and their answers for each.
@@ -150,6 +151,7 @@ def draw_samples(
         purpose (`str`): What the samples are for, such as `training`; part of the progress bar and the samples' ids.
         used (`set[bytes]`): Pixels of all images drawn so far. They are not drawn again; new images are added.
         place (`Callable`, *optional*): Returns a random scene.
+        paint (`Callable`, *optional*): Draws a scene.
 
     Returns:
         `list[dict]`: Samples in LLaVA's format, with the `PIL.Image.Image` itself as `image`.
@@ -158,7 +160,7 @@ def draw_samples(
     with tqdm(total=num_samples, desc=f"Drawing images for {purpose}") as progress:
         while len(samples) < num_samples:
             scene = place(rng)
-            image = draw(scene)
+            image = paint(scene)
             if image.tobytes() in used:
                 continue
             used.add(image.tobytes())

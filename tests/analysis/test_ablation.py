@@ -1,5 +1,6 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 import csv
+import importlib
 import json
 import os
 import re
@@ -20,11 +21,12 @@ from florence_vl_hf.analysis import ablation
 from florence_vl_hf.analysis.ablation import ablate
 from florence_vl_hf.conversion import convert
 from florence_vl_hf.conversion.checkpoint_files import locked
-from florence_vl_hf.training import FlorenceVLCollator
+from florence_vl_hf.training import RECIPES, FlorenceVLCollator, read_recipe
 
 from ..conftest import FIXTURES, Golden, llava_sample, status
 
 
+ROOT = Path(__file__).parents[2]
 PHI = Golden(FIXTURES / "phi-small")
 TOKEN = {"fusion_strategy": "token", "fusion_features": ["caption", "ocr"]}
 NUM_STEPS = 4
@@ -295,3 +297,19 @@ def test_a_wrong_grid_trains_nothing(changes, message, models, tmp_path, capfd):
     [error] = [line for line in capfd.readouterr().err.split("\n") if line.startswith("florence-vl: ")]
     assert re.search(message, error), error
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.slow
+def test_example(tmp_path, monkeypatch):
+    """The example's variants are those of the package's recipes, and its data and models are trained on."""
+    monkeypatch.syspath_prepend(ROOT / "examples" / "quickstart")
+    monkeypatch.syspath_prepend(ROOT / "examples" / "ablation")
+    words = importlib.import_module("words")
+    words.main(tmp_path / "ablation-data", seed=0, num_images=16, held_out=2, num_models=1)
+    recipes = [read_recipe(path) for path in RECIPES.glob("ablations/*.yaml")]
+    fusions = [{name: recipe[name] for name in recipe if name.startswith("fusion_")} for recipe in recipes]
+    grid = read_recipe(ROOT / "examples" / "ablation" / "grid.yaml")
+    assert sorted(map(str, grid["variants"].values())) == sorted(map(str, [*fusions, {}]))
+    monkeypatch.chdir(tmp_path)
+    table = ablate(grid | {"seeds": [0], "max_steps": 1})
+    assert [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:9]] == list(grid["variants"])
