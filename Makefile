@@ -12,7 +12,7 @@ VENV_NEWEST := .venv-newest
 VENV_VLLM := .venv-vllm
 VENV_LMMS := .venv-lmms
 
-.PHONY: test test-fast test-oldest test-newest conformance test-vllm test-lmms-eval fuzz check style coverage build bench \
+.PHONY: test test-fast test-oldest test-newest conformance test-vllm test-lmms-eval fuzz check style coverage build docs bench \
 	quickstart new-question ablation clean
 
 # All checks and all tests, as in CI.
@@ -56,6 +56,10 @@ test-vllm: $(VENV)/installed $(VENV_VLLM)/installed
 # Random images, chats, damaged files, kills and full disks, in about 15 minutes. The tests run a small slice.
 fuzz: $(VENV)/installed
 	$(VENV)/bin/python -m tests.fuzz
+
+# The documentation, in site/.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 # Style, types, and the conventions of Transformers' model files.
 check: $(VENV)/installed
@@ -104,7 +108,7 @@ ablation-data:
 	PYTHONPATH=examples/quickstart $(VENV)/bin/python examples/ablation/words.py --output $@
 
 clean:
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_VLLM) $(VENV_LMMS) build dist
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_VLLM) $(VENV_LMMS) build dist site
 	rm -rf quickstart-output quickstart-question quickstart-lora ablation-data ablation-output
 	rm -f benchmarks.json benchmarks.svg
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* htmlcov

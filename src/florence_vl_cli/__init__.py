@@ -9,10 +9,12 @@ import typer
 from typer import Option
 
 from .ablate import ablate
+from .align import align
 from .chat import chat
 from .convert import assemble, convert, export, verify
 from .demo import demo
 from .eval import evaluate
+from .features import features
 from .hub import push
 from .predict import predict
 from .serve import serve
@@ -20,7 +22,11 @@ from .train import check_data, merge, train
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (convert, export, assemble, verify, check_data, train, merge, chat, predict, serve, demo, ablate, push):
+commands = (
+    *(convert, export, assemble, verify, check_data, train, merge, chat, predict, serve, demo),
+    *(features, align, ablate, push),
+)
+for command in commands:
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -74,10 +74,7 @@ def assemble(
             callback=options.split, help="Features in order, like image,caption. By default, image and all prompts."
         ),
     ] = None,
-    prompt: Annotated[
-        list[str] | None,
-        Option(metavar='NAME="TEXT"', help="Add a prompt or override caption, ocr or grounding. Can be repeated."),
-    ] = None,
+    prompt: options.Prompt = None,
     image_feature_source: options.FeatureSource = None,
     projector_depth: Annotated[int, Option(help="Number of linear layers of the projector.", min=1, max=99)] = 3,
     dtype: options.Dtype = None,
@@ -87,19 +84,13 @@ def assemble(
     """Combine a Florence-2 and a language model with a new projector, for pretraining."""
     from florence_vl_hf.conversion import assemble as assemble_model
 
-    prompts = {}
-    for given in prompt or []:
-        name, _, text = (part.strip() for part in given.partition("="))
-        if not (name and text):
-            raise typer.BadParameter(f'{given!r} is not NAME="TEXT".', param_hint="--prompt")
-        prompts[name] = text
     checkpoint = assemble_model(
         vision_tower,
         llm,
         output,
         fusion_strategy=fusion,
         fusion_features=features,
-        prompts=prompts,
+        prompts=options.parse_prompts(prompt),
         image_feature_source=image_feature_source,
         projector_depth=projector_depth,
         dtype=options.torch_dtype(dtype),

@@ -24,7 +24,7 @@ def demo(
 ) -> None:
     """Chat about images on a web page, which also shows what the vision encoder computes."""
     if find_spec("gradio") is None:
-        raise ImportError("The demo requires more packages: pip install 'florence_vl_hf[demo]'")
+        raise ImportError("The demo requires more packages; run `pip install 'florence_vl_hf[demo]'`.")
     from florence_vl_hf.conversion import load_pretrained
     from florence_vl_hf.serving import load_image
     from florence_vl_hf.serving.demo import LAUNCH, build_demo

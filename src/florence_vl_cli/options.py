@@ -69,6 +69,23 @@ LoadIn8bit = Annotated[
 ]
 
 
+Prompt = Annotated[
+    list[str] | None,
+    Option(metavar='NAME="TEXT"', help="Add a prompt or override caption, ocr or grounding. Can be repeated."),
+]
+
+
+def parse_prompts(values: list[str] | None) -> dict[str, str]:
+    """Return the prompts of the option `Prompt` by name."""
+    prompts = {}
+    for given in values or []:
+        name, _, text = (part.strip() for part in given.partition("="))
+        if not (name and text):
+            raise typer.BadParameter(f'{given!r} is not NAME="TEXT".', param_hint="--prompt")
+        prompts[name] = text
+    return prompts
+
+
 def torch_dtype(name: str | None) -> "torch.dtype | None":
     import torch
 
@@ -84,7 +101,7 @@ def echo_once(message: str) -> None:
 def quantization(load_in_4bit: bool, load_in_8bit: bool) -> "QuantizationConfigMixin | None":
     """Return the `quantization_config` of the options `LoadIn4bit` and `LoadIn8bit`, for `load_pretrained`."""
     if load_in_4bit and load_in_8bit:
-        raise typer.BadParameter("choose one.", param_hint="--load-in-4bit, --load-in-8bit")
+        raise typer.BadParameter("got both; choose one.", param_hint="--load-in-4bit, --load-in-8bit")
     if not load_in_4bit and not load_in_8bit:
         return None
     from florence_vl_hf.quantization import quantization_config

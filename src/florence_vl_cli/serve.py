@@ -29,7 +29,7 @@ def serve(
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
-        raise ImportError("The server requires more packages: pip install 'florence_vl_hf[serving]'")
+        raise ImportError("The server requires more packages; run `pip install 'florence_vl_hf[serving]'`.")
     import uvicorn
 
     from florence_vl_hf.conversion import load_pretrained

@@ -15,6 +15,7 @@ from .conftest import run
 
 
 COMMANDS = [
+    "align",
     "assemble",
     "chat",
     "check-data",

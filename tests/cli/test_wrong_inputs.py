@@ -2,6 +2,7 @@
 """Damaged, missing and mistyped files: each command ends with one line that names the file."""
 
 import json
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -9,7 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from florence_vl_cli.serve import listen
+
 from ..conftest import FIXTURES, Golden, llava_sample, status
+from ..serving.test_demo import free_port
 
 
 PHI = Golden(FIXTURES / "phi-small")
@@ -48,9 +52,29 @@ def directory(converted: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(converted, tmp_path / "model"))
 
 
-def commands(model: Path, tmp_path: Path) -> dict[str, list[str | Path]]:
+@pytest.fixture
+def samples(tmp_path: Path) -> Path:
+    """A file of one sample, without an image."""
+    file = tmp_path / "samples.json"
+    file.write_text(json.dumps([llava_sample(0, [])]))
+    return file
+
+
+def answering(model: str | Path, samples: Path) -> dict[str, list[str | Path]]:
+    """Commands that answer with a model of any layout."""
+    output = samples.parent / "out"
+    return {
+        "predict": ["predict", samples, model, "--output", output, "--device", "cpu"],
+        "eval": ["eval", samples, model, "--output", output, "--device", "cpu"],
+        "serve": ["serve", model, "--port", "0", "--device", "cpu"],
+        "demo": ["demo", model, "--port", str(free_port()), "--device", "cpu"],
+    }
+
+
+def commands(model: Path, tmp_path: Path, samples: Path) -> dict[str, list[str | Path]]:
     """Commands that read a model in this package's layout."""
     return {
+        **answering(model, samples),
         "chat": ["chat", model, "--device", "cpu"],
         "export": ["export", model, tmp_path / "out"],
         "push": ["push", model, "me/model", "--dry-run"],
@@ -65,12 +89,13 @@ class TestModels:
         file = damage(directory / name, how)
         assert str(file) in error_of(capfd, "chat", directory)
 
-    @pytest.mark.parametrize("command", ["chat", "export", "push", "verify"])
+    @pytest.mark.parametrize("command", ["chat", "export", "push", "verify", "predict", "eval", "serve", "demo"])
     @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"])
-    def test_every_command_names_the_file(self, command, name, directory, tmp_path, capfd):
+    def test_every_command_names_the_file(self, command, name, directory, tmp_path, samples, capfd):
         file = damage(directory / name, "binary")
-        assert str(file) in error_of(capfd, *commands(directory, tmp_path)[command])
-        assert not (tmp_path / "out").exists()
+        assert str(file) in error_of(capfd, *commands(directory, tmp_path, samples)[command])
+        # The directory of `eval` has the settings of the run.
+        assert command == "eval" or not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("how", ["empty", "binary", "directory"])
     def test_damaged_weights(self, how, directory, capfd):
@@ -153,7 +178,8 @@ class TestPaths:
 
     @staticmethod
     def refuse(model: str | Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> str:
-        (tmp_path / "data.json").write_text(json.dumps([llava_sample(0, [])]))
+        samples = tmp_path / "data.json"
+        samples.write_text(json.dumps([llava_sample(0, [])]))
         recipe = {"model_name_or_path": str(model), "train_file": "data.json", "output_dir": str(tmp_path / "run")}
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         errors = set()
@@ -165,7 +191,8 @@ class TestPaths:
             ["verify", model, "--reference", REFERENCE],
             ["chat", model],
             ["merge", model, tmp_path / "out"],
-            ["check-data", tmp_path / "data.json", "--model", model],
+            ["check-data", samples, "--model", model],
+            *answering(model, samples).values(),
             ["train", tmp_path / "recipe.yaml"],
             *([["check-data", model]] if "." not in str(model) else []),
         ):
@@ -200,7 +227,77 @@ class TestOtherFiles:
         file = damage(tmp_path / "recipe.yaml", how)
         assert str(file) in error_of(capfd, "train", file)
 
+    @pytest.mark.parametrize("command", ["check-data", "predict", "eval"])
     @pytest.mark.parametrize("how", [*CONTENTS, "directory"])
-    def test_damaged_data(self, how, tmp_path, capfd):
+    def test_damaged_data(self, how, command, tmp_path, capfd):
         file = damage(tmp_path / "data.json", how)
-        assert str(file) in error_of(capfd, "check-data", file)
+        arguments = [command, file] if command == "check-data" else answering("nowhere", file)[command]
+        assert str(file) in error_of(capfd, *arguments)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["predict", "eval"])
+class TestAnswers:
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{\n", "Line 1 is not JSON"),
+            ('{"conversations": 7}\n', "expected an object with a list of turns"),
+            (json.dumps(llava_sample(0, ["nowhere.png"])), "There is no image '.*nowhere.png'; add it"),
+        ],
+    )
+    def test_all_samples_are_broken(self, command, text, message, converted, samples, capfd):
+        samples = samples.with_suffix(".jsonl")
+        samples.write_text(text)
+        assert re.search(message, error_of(capfd, *answering(converted, samples)[command]))
+
+    @pytest.mark.parametrize(
+        ("server", "message"),
+        [
+            ("http://127.0.0.1:9/v1", "http://127.0.0.1:9/v1 does not answer for the model 'served'"),
+            ("127.0.0.1:9/v1", "Got the server '127.0.0.1:9/v1', expected a URL such as http:"),
+            ("", "Got the server '', expected a URL"),
+        ],
+    )
+    def test_server(self, command, server, message, samples, monkeypatch, capfd):
+        monkeypatch.setattr("florence_vl_hf.evaluation.server.MAX_RETRIES", 0)
+        assert message in error_of(capfd, *answering("served", samples)[command], "--server", server)
+
+    def test_output_in_a_file(self, command, converted, samples, capfd):
+        output = samples / "out"
+        error = error_of(capfd, *answering(converted, samples)[command], "--output", output)
+        assert re.search(r"out.* cannot be written \((Not a directory|File exists)\); give another output.$", error)
+
+    def test_output_is_the_file_of_samples(self, command, converted, samples, capfd):
+        before = samples.read_bytes()
+        error = error_of(capfd, *answering(converted, samples)[command], "--output", samples)
+        assert str(samples) in error and error.endswith("give another output.") and samples.read_bytes() == before
+
+
+def test_answers_cannot_be_a_directory(converted, samples, tmp_path, capfd):
+    for output in (tmp_path, ""):
+        assert "is a directory; give the path of a .jsonl file" in error_of(
+            capfd, *answering(converted, samples)["predict"], "--output", output
+        )
+
+
+def test_unknown_metric(converted, samples, capfd):
+    error = error_of(capfd, *answering(converted, samples)["eval"], "--metric", "bleu")
+    assert error.startswith("There is no metric bleu; choose from exact_match, ")
+
+
+@pytest.mark.parametrize("command", ["serve", "demo"])
+class TestListening:
+    @pytest.mark.parametrize("port", ["-1", "65536", "http"])
+    def test_no_port(self, command, port, capfd):
+        assert status(command, "nowhere", "--port", port) == 2
+        assert "Invalid value for '--port'" in capfd.readouterr().err
+
+    @pytest.mark.parametrize("host", ["127.0.0.1", "256.0.0.1", "192.0.2.1"])
+    def test_address_is_in_use_or_another_machines(self, command, host, capfd):
+        with listen("127.0.0.1", 0) as listener:
+            port = listener.getsockname()[1]
+            error = error_of(capfd, command, "nowhere", "--host", host, "--port", str(port))
+        assert error.startswith(f"Cannot listen on {host}:{port} (") and error.endswith(
+            "choose another --port or --host."
+        )

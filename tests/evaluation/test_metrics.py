@@ -69,7 +69,8 @@ def test_score():
     ("metric", "answers", "message"),
     [
         ("bleu", [record("a", "a")], "no metric bleu; choose from exact_match"),
-        ("exact_match", [record("a")], "nothing to score"),
+        ("exact_match", [record("a")], "nothing to score.$"),
+        ("exact_match", [record("a"), {"id": "b", "error": "It is broken."}], "The first error: It is broken."),
         ("vqa_accuracy", [record("a", "a")], "Sample 'a': VQA accuracy requires several"),
         ("multiple_choice", [record("a", "A")], "Sample 'a': .* requires a question with choices"),
         ("multiple_choice", [{**record("a", "E"), "question": QUESTION}], "not among the choices A, B, C, D"),

@@ -189,7 +189,7 @@ class TestResuming:
 
     def test_a_foreign_file_is_kept(self, file, server, tmp_path):
         (tmp_path / "a.jsonl").write_text("mine")
-        with pytest.raises(ValueError, match="model unknown, now served"):
+        with pytest.raises(ValueError, match="a.jsonl is not from this command"):
             predict(load_questions(file), "served", tmp_path / "a.jsonl", server=server.url)
         assert (tmp_path / "a.jsonl").read_text() == "mine"
 

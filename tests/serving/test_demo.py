@@ -29,7 +29,7 @@ def test_missing_gradio(monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert status("demo", "anywhere") == 1
     error = capfd.readouterr().err
-    assert error == "florence-vl: error: The demo requires more packages: pip install 'florence_vl_hf[demo]'\n"
+    assert error == "florence-vl: error: The demo requires more packages; run `pip install 'florence_vl_hf[demo]'`.\n"
 
 
 def test_missing_image_and_busy_port_are_found_before_the_model_loads(capfd):

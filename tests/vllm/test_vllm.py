@@ -3,6 +3,8 @@
 
 import json
 import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -16,6 +18,8 @@ import pytest
 from openai import APIConnectionError, OpenAI
 from PIL import Image
 from vllm import LLM, SamplingParams
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from . import FIXTURES, MODELS, NUM_TOKENS
 
@@ -77,8 +81,30 @@ def client(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         server.terminate()
 
 
+TENSOR_PARALLEL = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    engine, chats, num_tokens, answers = json.loads(sys.argv[1])
+    llm = LLM(**engine, tensor_parallel_size=2)
+    outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=num_tokens, min_tokens=num_tokens))
+    with open(answers, "w") as file:
+        json.dump([[output.prompt_token_ids, list(output.outputs[0].token_ids)] for output in outputs], file)
+"""
+
+
 def expected(requests: dict[str, Request]) -> list[Answer]:
     return [(request["prompt_ids"], request["answer_ids"]) for request in requests.values()]
+
+
+def test_commands_of_the_documentation():
+    text = (FIXTURES.parents[1] / "docs" / "serving.md").read_text(encoding="utf-8").replace("\\\n", "")
+    commands = [shlex.split(line)[2:] for line in re.findall(r"^vllm serve .*$", text, flags=re.MULTILINE)]
+    assert len(commands) == 3
+    for command in commands:
+        arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(command)
+        assert (arguments.model_impl, arguments.trust_remote_code) == ("transformers", True)
 
 
 def test_answers_depend_on_images_and_their_order(requests):
@@ -111,6 +137,19 @@ class TestLLM:
         assert self.run(llm.generate, prompts, tokenization_kwargs=AS_IT_IS) == expected(requests)
         prompt_ids = [prompt_ids for prompt_ids, _ in self.run(llm.generate, prompts)]
         assert prompt_ids == [request["prompt_ids_with_special_tokens"] for request in requests.values()]
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="requires two cores")
+@pytest.mark.parametrize("directory", ["llama"], indirect=True)
+def test_tensor_parallel(directory, requests, tmp_path):
+    """In a process of its own, as vLLM starts one per part and binds each to a core."""
+    script, file = tmp_path / "tensor_parallel.py", tmp_path / "answers.json"
+    script.write_text(TENSOR_PARALLEL, encoding="utf-8")
+    chats = [request["messages"] for request in requests.values()]
+    arguments = json.dumps([{"model": str(directory), **ENGINE}, chats, NUM_TOKENS, str(file)])
+    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    subprocess.run([sys.executable, str(script), arguments], env=environment, check=True)
+    assert [tuple(answer) for answer in json.loads(file.read_text())] == expected(requests)
 
 
 class TestServer:

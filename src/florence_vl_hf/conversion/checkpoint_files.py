@@ -147,7 +147,10 @@ def read_tensor_file(path: Path) -> dict[str, LazyTensor]:
                 view = file.get_slice(name)
                 dtype = SAFETENSORS_DTYPES.get(view.get_dtype())
                 if dtype is None:
-                    raise CheckpointError(f"{name} in {path.name} has the unsupported dtype {view.get_dtype()}.")
+                    raise CheckpointError(
+                        f"{name} in {path.name} has the dtype {view.get_dtype()}, which is not supported; save it in "
+                        f"another one, such as bfloat16."
+                    )
                 tensors[name] = LazyTensor(name, path, dtype, tuple(view.get_shape()), partial(load, name))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path.name} is damaged or incomplete ({error}); download it again.") from error
@@ -260,18 +263,21 @@ def locked(output: Path) -> Iterator[None]:
     A process that is killed releases it. SIGTERM ends the block like SIGINT, unless something else handles it.
 
     Raises:
-        CheckpointError: If another run holds the lock.
+        CheckpointError: If another run holds the lock, or the output cannot be written.
     """
     output = output.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the output, or inside where only that can be written, such as a mounted directory.
-    directory = output.parent if os.access(output.parent, os.W_OK) else output
-    lock_file = directory / f".{output.name}.lock"
     with _sigterm_raises():
         try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            # Beside the output, or inside where only that can be written, such as a mounted directory.
+            directory = output.parent if os.access(output.parent, os.W_OK) else output
+            lock_file = directory / f".{output.name}.lock"
             lock = FileLock(lock_file, timeout=0).acquire()
         except Timeout:
             raise CheckpointError(f"Another run is writing {output}; wait for it, or give another output.") from None
+        except OSError as error:
+            reason = error.strerror or error
+            raise CheckpointError(f"{output} cannot be written ({reason}); give another output.") from error
         with lock:
             try:
                 yield
@@ -322,6 +328,13 @@ def output_directory(output: Path) -> Iterator[Path]:
             raise
 
 
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file that is complete when it appears, a text in UTF-8."""
+    temporary = path.with_name(f".{path.name}.incomplete")
+    temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    os.replace(temporary, path)
+
+
 def write_tensors(directory: Path, tensors: dict[str, LazyTensor], max_shard_size: int | str) -> None:
     """
     Write tensors as `model.safetensors`, or as shards and their index, with one shard in memory at a time.
@@ -332,7 +345,8 @@ def write_tensors(directory: Path, tensors: dict[str, LazyTensor], max_shard_siz
     required = num_bytes + 2**26  # for tokenizer, configurations and model card
     if (free := shutil.disk_usage(directory).free) < required:
         raise CheckpointError(
-            f"{directory} requires {required / 2**30:.1f} GiB, but its disk has only {free / 2**30:.1f} GiB free."
+            f"{directory} requires {required / 2**30:.1f} GiB, but its disk has only {free / 2**30:.1f} GiB free; "
+            f"give an output on another disk."
         )
     split = split_state_dict_into_shards_factory(
         tensors,

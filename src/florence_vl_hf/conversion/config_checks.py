@@ -53,7 +53,10 @@ def check_layers(raw: dict[str, Any], num_tensors: float, file: Path) -> None:
     for name, value in raw.items():
         counts = value if isinstance(value, list) else [value]
         if name in LAYER_COUNTS and not (all(type(n) is int for n in counts) and sum(counts) <= num_tensors):
-            raise CheckpointError(f"{file} has {name} {value}, but there are only {num_tensors} tensors of weights.")
+            raise CheckpointError(
+                f"{file} has {name} {value}, but there are only {num_tensors} tensors of weights; correct it, or "
+                f"download the missing weights."
+            )
         if name in ("text_config", "vision_config") and isinstance(value, dict):
             check_layers(value, num_tensors, file)
 

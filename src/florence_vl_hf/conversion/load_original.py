@@ -81,9 +81,15 @@ def load_original(
 
     Args:
         path_or_id (`str` or `Path`): Directory or Hub id of the original checkpoint.
-        vision_tower, image_feature_source, chat_template, base: As in `convert`.
-        dtype, attn_implementation, device_map: As in `from_pretrained`.
-        kwargs: Other arguments of `from_pretrained`, and fields of `FlorenceVLConfig` that override the checkpoint's.
+        vision_tower (`str` or `Path`, *optional*): As in `convert`, as are the next three.
+        image_feature_source (`list[str]`, *optional*): How the vision tower turns an image into tokens.
+        chat_template (`str`, *optional*): `llama3`, `phi3`, `vicuna` or `plain`.
+        base (`str` or `Path`, *optional*): Base model of an adapter.
+        dtype (`torch.dtype` or `str`, *optional*): As in `from_pretrained`, as are the next two.
+        attn_implementation (`str`, *optional*): Attention of the whole model.
+        device_map (`str` or `dict`, *optional*): Devices of the parts.
+        kwargs (`Any`): Other arguments of `from_pretrained`, and fields of `FlorenceVLConfig` that override the
+            checkpoint's.
 
     Returns:
         `tuple`: What `FlorenceVLForConditionalGeneration.from_pretrained` returns, and the processor.

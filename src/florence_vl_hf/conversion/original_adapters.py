@@ -72,12 +72,17 @@ def _merge_lora(tensors: dict[str, LazyTensor], directory: Path) -> None:
     for stored_name, tensor in read_tensor_file(path).items():
         match = re.fullmatch(re.escape(PEFT_PREFIX) + r"(.+)\.lora_(A|B)(?:\.default)?\.weight", stored_name)
         if match is None or len(tensor.shape) != 2 or not tensor.dtype.is_floating_point:
-            raise CheckpointError(f"{tensor} is not a matrix of LoRA; it cannot be merged.")
+            raise CheckpointError(
+                f"{tensor} is not a matrix of LoRA; merge the adapter in the original's environment."
+            )
         pairs.setdefault(match[1], {})[match[2]] = tensor
     for module, pair in pairs.items():
         mapped = to_converted(f"{module}.weight")
         if mapped is None or len(pair) != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise CheckpointError(f"{path.name} has no pair of lora_A and lora_B for a {module} of a Florence-VL.")
+            raise CheckpointError(
+                f"{path.name} has no pair of lora_A and lora_B for a {module} of a Florence-VL; this adapter is of "
+                f"another model, or incomplete."
+            )
         # PEFT matches layers by suffix, so it wraps Florence-2's decoder as well, which this package does not build.
         if mapped.name is not None:
             _check_fits(tensors, mapped.name, (pair["B"].shape[0], pair["A"].shape[1]), path)

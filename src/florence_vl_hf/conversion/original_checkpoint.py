@@ -208,15 +208,20 @@ def read_tower_tensors(directory: Path) -> dict[str, LazyTensor]:
     return {ORIGINAL_TOWER + name.removeprefix("model."): tensor for name, tensor in read_tensors(directory).items()}
 
 
-def convert_tensors(checkpoint: ConvertedCheckpoint, stored: dict[str, LazyTensor], dtype: torch.dtype | None) -> None:
-    """Add the tensors of an original, given by name, to a checkpoint in the model's order, cast to `dtype`."""
-    shapes = tensor_shapes(checkpoint.config)
+def convert_names(stored: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Return the tensors of an original, given by name, by this package's names, without those it does not use."""
     converted = {}
     # A tied tensor may be stored under several names: the one that the key table lists first is used.
     for name in (*stored, *(ORIGINAL_TOWER + name for name in reversed(TIED_WORDS))):
         mapped = to_converted(name) or MappedName(f"unknown {name}", transposed=False)
         if name in stored and mapped.name is not None:
             converted[mapped.name] = stored[name].transposed() if mapped.transposed else stored[name]
+    return converted
+
+
+def convert_tensors(checkpoint: ConvertedCheckpoint, stored: dict[str, LazyTensor], dtype: torch.dtype | None) -> None:
+    """Add the tensors of an original, given by name, to a checkpoint in the model's order, cast to `dtype`."""
+    shapes, converted = tensor_shapes(checkpoint.config), convert_names(stored)
     stored_shapes = {
         name: (shape[0] - checkpoint.num_added_rows, *shape[1:]) if name in EMBEDDING_TABLES else shape
         for name, shape in shapes.items()

@@ -155,7 +155,9 @@ def _davit_from_first_release(davit: dict[str, Any]) -> dict[str, Any]:
     positions, temporal = davit.get("image_pos_embed") or {}, davit.get("visual_temporal_embedding") or {}
     if not (POSITION_EMBEDDING.items() <= positions.items() and TEMPORAL_EMBEDDING.items() <= temporal.items()):
         expected = f"{POSITION_EMBEDDING} and {TEMPORAL_EMBEDDING}"
-        raise CheckpointError(f"DaViT has position embeddings {positions} and {temporal}, expected {expected}.")
+        raise CheckpointError(
+            f"DaViT has position embeddings {positions} and {temporal}, expected {expected}; give another Florence-2."
+        )
     return {ours: davit[theirs] for theirs, ours in DAVIT_FIELDS.items() if theirs in davit} | {
         "max_temporal_embeddings": temporal["max_temporal_embeddings"],
         "max_position_embeddings": positions["max_pos_embeddings"],

@@ -60,7 +60,9 @@ def load_original_tokenizer(
             tokenizer = tokenizer_class.from_pretrained(temporary, padding_side="left")
         except Exception as error:
             # The tokenizer libraries raise many exceptions for damaged files.
-            raise CheckpointError(f"The tokenizer in {directory} cannot be loaded ({error}).") from error
+            raise CheckpointError(
+                f"The tokenizer in {directory} cannot be loaded ({error}); download its files again."
+            ) from error
     tokenizer.name_or_path = ""
     return tokenizer
 

@@ -76,7 +76,9 @@ def read_reference(path: Path) -> Reference:
     for name, tensor in tensors.items():
         num_dimensions = 3 if name.endswith(".logits") else IMAGE_TENSORS.get(name, len(tensor.shape))
         if len(tensor.shape) != num_dimensions:
-            raise CheckpointError(f"{tensor} has shape {tensor.shape}, expected {num_dimensions} dimensions.")
+            raise CheckpointError(
+                f"{tensor} has shape {tensor.shape}, expected {num_dimensions} dimensions; record it again."
+            )
     if outside := [name for name in images if Path(name).name != name]:
         raise CheckpointError(f"`images` of {record_file} holds {outside[0]!r}, expected the names of files.")
     return Reference(tensors, [path.parent / "images" / name for name in images], record)

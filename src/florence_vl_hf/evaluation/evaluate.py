@@ -9,8 +9,9 @@ from typing import Any
 import datasets
 from accelerate import PartialState
 
+from ..conversion.checkpoint_files import write_file
 from .metrics import score
-from .prediction import describe, predict, write_file
+from .prediction import describe, predict
 from .report import write_report
 
 
@@ -51,7 +52,11 @@ def evaluate(
 
 def check_metrics(samples: datasets.Dataset, metrics: Iterable[str]) -> None:
     """Raise a `ValueError` if a metric does not exist, or does not suit the samples of `load_questions`."""
-    score([{**describe(sample), "answer": ""} for sample in samples], metrics)
+    known = [
+        describe(sample) | ({"error": sample["problem_message"]} if sample["problem"] else {"answer": ""})
+        for sample in samples
+    ]
+    score(known, metrics)
 
 
 def format_scores(scores: dict[str, Any]) -> str:

@@ -11,15 +11,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 
 from ..modeling import FlorenceVLForConditionalGeneration
+from ..modeling.generation_florence_vl import GREEDY
 from ..processing import FlorenceVLProcessor
+from ..processing.chat_templates import require_chat_template
 from ..serving import DECODING
-from ..serving.chat import require_chat_template
 from ..training.samples import Problem, SampleError
 from .questions import open_question
-
-
-# With the defaults of settings of sampling: generation warns about others.
-GREEDY: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "max_length": None}
 
 
 def generate_answers(

@@ -169,7 +169,10 @@ def score(answers: list[dict[str, Any]], metrics: Iterable[str] = ("exact_match"
     samples = [{"id": record["id"], **_score_sample(record, metrics)} for record in answers]
     scored = [sample for sample in samples if len(sample) > 1]
     if not scored:
-        raise ValueError("No sample has both an answer and a reference answer; there is nothing to score.")
+        first_error = next((f" The first error: {record['error']}" for record in answers if "error" in record), "")
+        raise ValueError(
+            f"No sample has both an answer and a reference answer; there is nothing to score.{first_error}"
+        )
     return {
         "num_samples": len(answers),
         "num_errors": sum("error" in record for record in answers),

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..conversion import load_pretrained
-from ..conversion.checkpoint_files import CHECKPOINT_FILES, locked, read_json
+from ..conversion.checkpoint_files import CHECKPOINT_FILES, locked, read_json, write_file
 from ..training.data_loading import EVALUATION_FEATURES
 from ..training.samples import SampleError
 from .generation import generate_answers
@@ -65,11 +65,13 @@ def predict(
         and `answer`; `error` in its place for a broken sample.
 
     Raises:
-        ValueError: If `output` has answers of other arguments.
+        ValueError: If `output` has answers of other arguments, or is not a file of answers.
         CheckpointError: If the model cannot be loaded, or another run is writing `output`.
         ConnectionError: If the server does not answer.
     """
     output = Path(output)
+    if output.is_dir():
+        raise ValueError(f"{output} is a directory; give the path of a .jsonl file.")
     # Without a dataset's own images, which are large.
     names = [name for name, kind in EVALUATION_FEATURES.items() if samples.features.get(name) == kind]
     texts = samples.select_columns(names)
@@ -127,7 +129,9 @@ def predict(
 def _check_settings(output: Path, settings: dict[str, Any]) -> None:
     """Refuse answers with other settings."""
     file = _settings_file(output)
-    known = read_json(file) if file.exists() else {}
+    if not file.exists():
+        raise ValueError(f"{output} is not from this command (there is no {file.name}); give another output.")
+    known = read_json(file)
     changed = [name for name in settings if name not in known or known[name] != settings[name]]
     if changed:
         changes = "; ".join(f"{name} {known.get(name, 'unknown')}, now {settings[name]}" for name in changed)
@@ -182,11 +186,4 @@ def _to_line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a file that is complete when it appears."""
-    temporary = path.with_name(f".{path.name}.incomplete")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-__all__ = ["describe", "predict", "write_file"]
+__all__ = ["describe", "predict"]

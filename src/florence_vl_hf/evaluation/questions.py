@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from PIL import Image
 
+from ..processing.images import find_images
 from ..training import load_conversations
 from ..training.data_loading import EVALUATION_FEATURES
 from ..training.samples import IMAGE_ITEM, open_image, read_sample, with_images
@@ -37,8 +37,7 @@ def load_questions(
         return load_conversations(path, image_folder, split, for_evaluation=True)
     if not Path(path).is_dir():
         raise ValueError(f"{path} is not a directory; a question is asked about each image of a directory.")
-    suffixes = Image.registered_extensions()
-    images = [file for file in sorted(Path(path).rglob("*")) if file.suffix.lower() in suffixes and file.is_file()]
+    images = find_images(Path(path))
     if not images:
         raise ValueError(f"{path} has no images; give a directory of images, or a file of samples without a question.")
     messages = [{"role": "user", "content": [IMAGE_ITEM, {"type": "text", "text": question}]}]

@@ -7,9 +7,9 @@ from typing import Any
 import datasets
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ..conversion.checkpoint_files import write_file
+from ..processing.images import data_url
 from ..training.samples import SampleError, open_image, read_sample
-from .prediction import write_file
-from .server import data_url
 
 
 # Longest side of an image, in pixels.

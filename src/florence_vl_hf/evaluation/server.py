@@ -1,17 +1,15 @@
 # Copyright 2026 The florence_vl_hf authors. Licensed under the Apache License, Version 2.0.
 """Answers of a server with OpenAI's API, such as vLLM's."""
 
-import base64
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from io import BytesIO
 from typing import Any
 
 import datasets
 import openai
-from PIL import Image
 
+from ..processing.images import data_url
 from ..processing.text import to_utf8
 from ..training.samples import SampleError
 from .questions import message_text, open_question
@@ -46,8 +44,11 @@ def request_answers(
         with it.
 
     Raises:
+        ValueError: If `server` is not a URL.
         ConnectionError: If the server does not answer, or not as a server with this API.
     """
+    if not server.startswith(("http://", "https://")):
+        raise ValueError(f"Got the server {server!r}, expected a URL such as http://localhost:8000/v1.")
 
     def request(index: int) -> tuple[int, str | SampleError]:
         try:
@@ -69,7 +70,10 @@ def request_answers(
             for future in as_completed([pool.submit(request, index) for index in indices]):
                 yield future.result()
         except openai.OpenAIError as error:
-            raise ConnectionError(f"{server} does not answer for the model {model!r} ({error}).") from error
+            raise ConnectionError(
+                f"{server} does not answer for the model {model!r} ({error}); start the server, or correct its URL or "
+                f"the name of the model."
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -93,11 +97,4 @@ def _to_part(item: dict[str, Any]) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": data_url(item["image"], "PNG", compress_level=1)}}
 
 
-def data_url(image: Image.Image, image_format: str, **options: Any) -> str:
-    """Encode an image as a data URL."""
-    file = BytesIO()
-    image.save(file, image_format, **options)
-    return f"data:image/{image_format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-__all__ = ["data_url", "request_answers"]
+__all__ = ["request_answers"]

@@ -21,6 +21,10 @@ from .configuration_florence_vl import FlorenceVLConfig
 from .transformers_compat import CACHE
 
 
+# Settings of greedy search, with the defaults of sampling: generation warns about others.
+GREEDY: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "max_length": None}
+
+
 def encoder_outputs(features: Any) -> dict[str, BaseModelOutputWithPooling]:
     """Return what `generate` accepts in place of `pixel_values`: features of each image, in a list."""
     return {"image": BaseModelOutputWithPooling(pooler_output=features)}

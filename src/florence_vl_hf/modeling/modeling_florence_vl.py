@@ -25,7 +25,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.bart.modeling_bart import BartEncoder
+from transformers.models.bart.modeling_bart import BartAttention, BartEncoder
 from transformers.models.florence2.configuration_florence2 import Florence2VisionConfig
 from transformers.models.florence2.modeling_florence2 import (
     Florence2DropPath,
@@ -344,6 +344,19 @@ class FlorenceVLPrompts(nn.Module):
         return self.input_ids, self.attention_mask if self.is_masked else None
 
 
+class FlorenceVLEncoderAttention(BartAttention):
+    """
+    BART's attention, which vLLM leaves as it is.
+
+    Tensor parallelism of vLLM 0.32 would split the keys and values of a `BartAttention`, but not its queries.
+    """
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return super().forward(hidden_states, *args, **kwargs)
+
+
 class FlorenceVLVisionTower(Florence2PreTrainedModel):
     """Florence-2 without its decoder: encodes images once, and reads the result under each prompt."""
 
@@ -359,6 +372,8 @@ class FlorenceVLVisionTower(Florence2PreTrainedModel):
         self.image_projector = FlorenceVLImageProjection(config.vision_config, config.image_feature_source)
         self.prompts = FlorenceVLPrompts(config, bart.pad_token_id)
         self.encoder = BartEncoder(bart)
+        for layer in self.encoder.layers:
+            layer.self_attn.__class__ = FlorenceVLEncoderAttention
         # FSDP refuses names of layers that do not exist: the decoder is never built.
         self.encoder._no_split_modules = ["BartEncoderLayer"]
         self.post_init()

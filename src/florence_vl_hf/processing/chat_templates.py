@@ -2,6 +2,7 @@
 """Chat templates of the original, one `.jinja` file each, adapted to a tokenizer."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -47,6 +48,12 @@ def load_chat_template(name: str, tokenizer: PreTrainedTokenizerBase, image_toke
     return settings + text
 
 
+def require_chat_template(processor: Any) -> None:
+    """Raise a `ValueError` if a processor has no chat template."""
+    if not processor.chat_template:
+        raise ValueError("The processor has no chat template; convert the model again with a `chat_template`.")
+
+
 def _space_after(special_token: str, tokenizer: PreTrainedTokenizerBase, piece: str) -> str:
     """Text to insert after a special token, so that `piece` after it has the same token ids as alone."""
     alone = tokenizer(piece, add_special_tokens=False).input_ids
@@ -59,4 +66,4 @@ def _space_after(special_token: str, tokenizer: PreTrainedTokenizerBase, piece: 
     )
 
 
-__all__ = ["CHAT_TEMPLATES", "load_chat_template"]
+__all__ = ["CHAT_TEMPLATES", "load_chat_template", "require_chat_template"]

@@ -14,6 +14,7 @@ from ..modeling import FlorenceVLForConditionalGeneration
 from ..modeling.generation_florence_vl import encoder_outputs
 from ..modeling.modeling_florence_vl import FlorenceVLImageFeaturesOutput
 from ..processing import FlorenceVLProcessor
+from ..processing.chat_templates import require_chat_template
 from ..processing.text import to_utf8
 
 
@@ -38,12 +39,6 @@ def load_image(path_or_url: str) -> Image.Image:
     except Exception as error:  # Pillow's decoders and the HTTP client raise many types
         reason = "no known image format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
         raise ValueError(f"{path_or_url} cannot be read as an image ({reason}); give another.") from error
-
-
-def require_chat_template(processor: FlorenceVLProcessor) -> None:
-    """Raise a `ValueError` if a processor has no chat template."""
-    if not processor.chat_template:
-        raise ValueError("The processor has no chat template; convert the model again with a `chat_template`.")
 
 
 class ChatSession:

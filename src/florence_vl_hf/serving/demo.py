@@ -105,7 +105,8 @@ def build_demo(
 
     Args:
         name (`str`): Name of the model on the page.
-        model, processor: As `load_pretrained` returns them. The processor must have a chat template.
+        model (`FlorenceVLForConditionalGeneration`): The model.
+        processor (`FlorenceVLProcessor`): Its processor, which must have a chat template.
         images (sequence of `str`, *optional*): Paths of images that the page offers as examples.
         max_new_tokens (`int`, *optional*, defaults to 512): First value of the setting.
     """

@@ -141,7 +141,9 @@ class CheckedChatHandler(ChatCompletionHandler):
                 )
                 num_pixels += part["image"].width * part["image"].height
                 if num_pixels > MAX_PIXELS:
-                    raise ValueError(f"The images of a request can have {MAX_PIXELS:,} pixels; send smaller ones.")
+                    raise ValueError(
+                        f"The images of a request can have {MAX_PIXELS:,} pixels in all; send smaller ones."
+                    )
         except (TemplateError, ValueError) as error:
             raise HTTPException(400, str(error)) from error
         max_tokens = request.max_completion_tokens or request.max_tokens or DEFAULT_MAX_TOKENS
@@ -213,7 +215,8 @@ def build_app(
 
     Args:
         name (`str`): Name of the model in requests.
-        model, processor: As `load_pretrained` returns them. The processor must have a chat template.
+        model (`FlorenceVLForConditionalGeneration`): The model.
+        processor (`FlorenceVLProcessor`): Its processor, which must have a chat template.
         max_body_bytes (`int`): Maximum size of a request, and of an image that is downloaded for it.
         allow_private_urls (`bool`, *optional*, defaults to `False`): Whether to download images from any address.
     """

@@ -191,7 +191,7 @@ def _parse_yaml(text: str | bytes, source: str) -> Any:
     try:
         return yaml.load(text, _RecipeLoader)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{source} is not YAML: {error}") from error
+        raise ValueError(f"{source} is not YAML ({error}); correct it.") from error
 
 
 def parse_recipe(recipe: dict[str, Any]) -> tuple[ModelArguments, DataArguments, FlorenceVLTrainingArguments]:

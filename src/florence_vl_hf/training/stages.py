@@ -40,7 +40,7 @@ def part_of(parameter_name: str) -> str:
     for part, names in PARTS.items():
         if not set(names).isdisjoint(modules):
             return part
-    raise ValueError(f"{parameter_name!r} is not a parameter of a Florence-VL model.")
+    raise ValueError(f"{parameter_name!r} belongs to none of {', '.join(PARTS)}; add its module to `PARTS`.")
 
 
 def set_trainable(model: FlorenceVLForConditionalGeneration | FlorenceVLModel, stage: str) -> dict[str, int]:
@@ -106,7 +106,10 @@ def register_training_hook(model: nn.Module) -> FlorenceVLModel:
     """
     inner = next((module for module in model.modules() if isinstance(module, FlorenceVLModel)), None)
     if inner is None:
-        raise ValueError(f"Got a {type(model).__name__}, expected a Florence-VL model.")
+        raise ValueError(
+            f"Got a {type(model).__name__}, expected a Florence-VL of this package; import florence_vl_hf before the "
+            f"model is loaded."
+        )
     # Once, and last: DeepSpeed records the order of modules in hooks, which must run before this one encodes an image.
     if next(reversed(inner._forward_pre_hooks.values()), None) is _before_forward:
         return inner
