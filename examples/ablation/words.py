@@ -61,7 +61,7 @@ def main(
         "ablation-data"
     ),
     seed: Annotated[int, typer.Option(help="Seed of the images.")] = 0,
-    num_images: Annotated[int, typer.Option(help="Number of training images, each with all three questions.")] = 10000,
+    num_images: Annotated[int, typer.Option(help="Number of training images, each with all three questions.")] = 8000,
     held_out: Annotated[int, typer.Option(help="Number of evaluation images per question.")] = 300,
     num_models: Annotated[int, typer.Option(help="Number of untrained models, with the seeds 0, 1, …")] = 3,
 ) -> None:

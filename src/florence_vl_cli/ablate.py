@@ -28,12 +28,8 @@ def ablate(
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("florence_vl_hf").setLevel(logging.INFO)
-    settings = read_recipe(grid, changes)
-    table = run_grid(settings)
-    if table is None:
-        typer.echo("Other processes are working on the remaining runs; the last one writes the table.")
-    else:
-        typer.echo(f"{table}\nWrote {settings['output_dir']}/results.md, results.csv and results.svg.")
+    table = run_grid(read_recipe(grid, changes))
+    typer.echo(table or "Other processes are working on the remaining runs; the last one writes the table.")
 
 
 def _restart_alone(local_rank: int) -> None:

@@ -53,7 +53,10 @@ def ablate(settings: dict[str, Any]) -> str | None:
             if number not in finished and (run.read_scores() or _complete(run, grid)):
                 finished.add(number)
                 progress.update()
-    return write_results(grid) if len(finished) == len(grid.runs) else None
+    if len(finished) < len(grid.runs):
+        return None
+    logger.info(f"Writing results.md, results.csv and results.svg to {grid.output}.")
+    return write_results(grid)
 
 
 def _complete(run: Run, grid: Grid) -> bool:

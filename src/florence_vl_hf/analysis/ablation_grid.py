@@ -25,9 +25,6 @@ VARIANT_SETTINGS = ("fusion_strategy", "fusion_features")
 # The name of a single evaluation set.
 UNNAMED = "evaluation"
 
-# By evaluation set, then by metric.
-Scores = dict[str, dict[str, float]]
-
 
 @dataclass(frozen=True)
 class Run:
@@ -49,8 +46,8 @@ class Run:
     def scores_file(self) -> Path:
         return self.directory / "scores.json"
 
-    def read_scores(self) -> Scores | None:
-        """Return the scores, or `None` if the run is not finished."""
+    def read_scores(self) -> dict[str, dict[str, float]] | None:
+        """Return the scores by evaluation set and metric, or `None` if the run is not finished."""
         finished = read_json(self.scores_file) if self.scores_file.exists() else {}
         return finished["scores"] if finished.get("evaluation") == self.evaluation else None
 
@@ -68,14 +65,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Grid:
-    """Runs, by seed and then by variant, and how they are evaluated."""
+    """Runs, by seed and then by variant, and how they are evaluated: `generation` are arguments of `predict`."""
 
     output: Path
     runs: list[Run]
     configs: dict[str, FlorenceVLConfig]  # of the variants
     questions: dict[str, datasets.Dataset]  # of the evaluation sets
     metrics: list[str]
-    # Arguments of `predict`.
     generation: dict[str, Any]
 
 
@@ -98,8 +94,8 @@ def read_grid(settings: dict[str, Any]) -> Grid:
             f"A grid has no setting {', '.join(unknown)}; it has {', '.join(GRID_SETTINGS)}, and those of a recipe, "
             f"which `florence-vl train --settings` lists."
         )
-    if not (isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)):
-        raise ValueError(f"Got `seeds: {seeds}`, expected a list of integers, such as [0, 1, 2].")
+    if not (isinstance(seeds, list) and seeds and all(type(n) is int and seeds.count(n) == 1 for n in seeds)):
+        raise ValueError(f"Got `seeds: {seeds}`, expected a list of different integers, such as [0, 1, 2].")
     _, data, training = parse_recipe(recipe)
     if training.eval_strategy != "no":
         raise ValueError("Got `eval_strategy`, but the models of a grid are evaluated after training; remove it.")
@@ -176,4 +172,4 @@ def _checksum(path: str) -> str | None:
     return checksum.hexdigest() if Path(path).exists() else None
 
 
-__all__ = ["Grid", "Run", "Scores", "read_grid"]
+__all__ = ["Grid", "Run", "read_grid"]
