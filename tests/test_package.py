@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 PHI = FIXTURES / "phi-small"
 # What tools and users leave in a checkout, and no build may depend on.
-NOT_SOURCES = (".*", "build", "dist", "runs", "quickstart-*", "*.egg-info", "__pycache__")
+NOT_SOURCES = (".*", "build", "dist", "runs", "quickstart-*", "ablation-*", "*.egg-info", "__pycache__")
 
 
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 
@@ -23,6 +23,8 @@ COLOURS = {
     "orange": (250, 135, 20),
 }
 KINDS = ("circle", "square", "triangle", "cross")
+# Height of the letters of a word, as a fraction of the image's side length.
+FONT_SIZE = 0.2
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,16 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two shapes on a grey background, in reading order, of different kinds and colours."""
+    """
+    One or two shapes on a grey background, in reading order, of different kinds and colours.
+
+    `word` is written in the middle of the quarter `word_place`, a row and a column.
+    """
 
     shapes: tuple[Shape, ...]
     background: int
+    word: str = ""
+    word_place: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,10 @@ def draw(scene: Scene) -> Image.Image:
     for shape in scene.shapes:
         outline = [(x * large_size, y * large_size) for x, y in _outline(shape)]
         canvas.polygon(outline, fill=COLOURS[shape.colour])
+    row, column = scene.word_place
+    middle = ((0.25 + 0.5 * column) * large_size, (0.25 + 0.5 * row) * large_size)
+    font = ImageFont.load_default(FONT_SIZE * large_size)
+    canvas.text(middle, scene.word, fill="black", font=font, anchor="mm")
     return image.reduce(4)
 
 
@@ -121,17 +133,25 @@ def list_colours(scene: Scene) -> Question:
 
 
 def draw_samples(
-    rng: Random, num_samples: int, ask: Callable[[Scene], Question], purpose: str, used: set[bytes]
+    rng: Random,
+    num_samples: int,
+    ask: Callable[[Scene], Question | list[Question]],
+    purpose: str,
+    used: set[bytes],
+    place: Callable[[Random], Scene] = random_scene,
+    paint: Callable[[Scene], Image.Image] = draw,
 ) -> list[dict[str, Any]]:
     """
-    Draw images and write a question and an answer for each.
+    Draw images and write one or several questions and their answers for each.
 
     Args:
         rng (`Random`): Source of the random scenes.
         num_samples (`int`): Number of samples, each with one image.
-        ask (`Callable`): Returns the question about a scene.
+        ask (`Callable`): Returns the question, or several, about a scene.
         purpose (`str`): What the samples are for, such as `training`; part of the progress bar and the samples' ids.
         used (`set[bytes]`): Pixels of all images drawn so far. They are not drawn again; new images are added.
+        place (`Callable`, *optional*): Returns a random scene.
+        paint (`Callable`, *optional*): Draws a scene.
 
     Returns:
         `list[dict]`: Samples in LLaVA's format, with the `PIL.Image.Image` itself as `image`.
@@ -139,16 +159,17 @@ def draw_samples(
     samples: list[dict[str, Any]] = []
     with tqdm(total=num_samples, desc=f"Drawing images for {purpose}") as progress:
         while len(samples) < num_samples:
-            scene = random_scene(rng)
-            image = draw(scene)
+            scene = place(rng)
+            image = paint(scene)
             if image.tobytes() in used:
                 continue
             used.add(image.tobytes())
-            question = ask(scene)
-            turns = [
-                {"from": "human", "value": f"<image>\n{question.text}"},
-                {"from": "gpt", "value": question.answer},
-            ]
+            asked = ask(scene)
+            turns: list[dict[str, str]] = []
+            for question in asked if isinstance(asked, list) else [asked]:
+                image_token = "" if turns else "<image>\n"
+                turns.append({"from": "human", "value": image_token + question.text})
+                turns.append({"from": "gpt", "value": question.answer})
             sample_id = f"{purpose.replace(' ', '-')}-{len(samples)}"
             samples.append({"id": sample_id, "image": image, "conversations": turns})
             progress.update()

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
+from .ablate import ablate
 from .align import align
 from .chat import chat
 from .convert import assemble, convert, export, verify
@@ -23,7 +24,7 @@ from .train import check_data, merge, train
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 commands = (
     *(convert, export, assemble, verify, check_data, train, merge, chat, predict, serve, demo),
-    *(features, align, push),
+    *(features, align, ablate, push),
 )
 for command in commands:
     app.command()(command)

@@ -113,6 +113,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, pair in enumerate(pairs):
         Image.new("RGB", (64, 64), (12 * i, 100, 200)).save(directory / pair["image"])
     (directory / "pairs.json").write_text(json.dumps(pairs))
+    grid = {"variants": {"average": {"fusion_strategy": "average"}}, "seeds": [0], "max_steps": 1}
+    grid |= {
+        "model_name_or_path": "florence-vl-8b-sft-hf",
+        "train_file": "data/mine.json",
+        "image_folder": "data/images",
+    }
+    grid |= {"eval_file": "data/mine.json", "output_dir": "runs/grid", "generation_max_new_tokens": 2}
+    (directory / "grid.yaml").write_text(json.dumps(grid))
 
     # A projector trained by the original.
     (directory / "my-projector").mkdir()
@@ -192,7 +200,7 @@ class Reader:
     def run_command(self, arguments: list[str]) -> None:
         if arguments[0] == "convert":
             shutil.rmtree(self.directory / arguments[2], ignore_errors=True)
-        if arguments[0] == "train":
+        if arguments[0] in ("train", "ablate"):
             arguments = [*arguments, "--set", "use_cpu=true"]
         result = CliRunner().invoke(app, arguments, input="What is it?\n/exit\n", obj={"traceback": True})
         assert result.exit_code == 0, (arguments, result.output, result.exception)

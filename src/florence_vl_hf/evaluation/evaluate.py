@@ -41,17 +41,22 @@ def evaluate(
         ValueError: As in `predict` and `score`. If a metric does not suit the samples, before any is answered.
     """
     output, metrics = Path(output), list(metrics)
-    known = [
-        describe(sample) | ({"error": sample["problem_message"]} if sample["problem"] else {"answer": ""})
-        for sample in samples
-    ]
-    score(known, metrics)
+    check_metrics(samples, metrics)
     answers = predict(samples, model, output / "answers.jsonl", **kwargs)
     scores = score(answers, metrics)
     if PartialState().is_main_process:
         write_file(output / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False))
         write_report(output / "report.html", samples, answers, scores, f"Answers of {model}")
     return scores
+
+
+def check_metrics(samples: datasets.Dataset, metrics: Iterable[str]) -> None:
+    """Raise a `ValueError` if a metric does not exist, or does not suit the samples of `load_questions`."""
+    known = [
+        describe(sample) | ({"error": sample["problem_message"]} if sample["problem"] else {"answer": ""})
+        for sample in samples
+    ]
+    score(known, metrics)
 
 
 def format_scores(scores: dict[str, Any]) -> str:
@@ -64,4 +69,4 @@ def format_scores(scores: dict[str, Any]) -> str:
     return "\n".join([*lines, f"{scores['num_samples']:,} samples: {counts}."])
 
 
-__all__ = ["evaluate", "format_scores"]
+__all__ = ["check_metrics", "evaluate", "format_scores"]
