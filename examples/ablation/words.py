@@ -21,8 +21,8 @@ from florence_vl_hf.modeling.configuration_florence_vl import DEFAULT_PROMPTS
 
 WORDS = ("bar", "bus", "cab", "gym", "ice", "inn", "pub", "spa", "tea", "zoo")
 # The contrast of an image is at least this fraction of the full one. Noise has this standard deviation, of 255.
-MIN_CONTRAST = 0.1
-NOISE = 16
+MIN_CONTRAST = 0.2
+NOISE = 8
 
 
 def place_word(rng: Random) -> Scene:
@@ -61,7 +61,7 @@ def main(
         "ablation-data"
     ),
     seed: Annotated[int, typer.Option(help="Seed of the images.")] = 0,
-    num_images: Annotated[int, typer.Option(help="Number of training images, each with all three questions.")] = 8000,
+    num_images: Annotated[int, typer.Option(help="Number of training images, each with all three questions.")] = 9600,
     held_out: Annotated[int, typer.Option(help="Number of evaluation images per question.")] = 300,
     num_models: Annotated[int, typer.Option(help="Number of untrained models, with the seeds 0, 1, …")] = 3,
 ) -> None:

@@ -24,7 +24,7 @@ COLOURS = {
 }
 KINDS = ("circle", "square", "triangle", "cross")
 # Height of the letters of a word, as a fraction of the image's side length.
-FONT_SIZE = 0.2
+FONT_SIZE = 0.28
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,11 @@ def draw(scene: Scene) -> Image.Image:
     for shape in scene.shapes:
         outline = [(x * large_size, y * large_size) for x, y in _outline(shape)]
         canvas.polygon(outline, fill=COLOURS[shape.colour])
-    row, column = scene.word_place
-    middle = ((0.25 + 0.5 * column) * large_size, (0.25 + 0.5 * row) * large_size)
-    font = ImageFont.load_default(FONT_SIZE * large_size)
-    canvas.text(middle, scene.word, fill="black", font=font, anchor="mm")
+    if scene.word:
+        row, column = scene.word_place
+        middle = ((0.25 + 0.5 * column) * large_size, (0.25 + 0.5 * row) * large_size)
+        font = ImageFont.load_default(FONT_SIZE * large_size)
+        canvas.text(middle, scene.word, fill="black", font=font, anchor="mm")
     return image.reduce(4)
 
 
