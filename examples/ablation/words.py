@@ -6,12 +6,10 @@ from pathlib import Path
 from random import Random
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from new_question import write
-from PIL import Image
 from quickstart import SYSTEM_MESSAGE, build_config, build_processor, build_tokenizer
-from shapes import Question, Scene, draw, draw_samples, list_colours, random_scene
+from shapes import Question, Scene, draw_samples, list_colours, random_scene
 from transformers import set_seed
 
 from florence_vl_hf import FlorenceVLForConditionalGeneration
@@ -20,9 +18,6 @@ from florence_vl_hf.modeling.configuration_florence_vl import DEFAULT_PROMPTS
 
 
 WORDS = ("bar", "bus", "cab", "gym", "ice", "inn", "pub", "spa", "tea", "zoo")
-# The contrast of an image is at least this fraction of the full one. Noise has this standard deviation, of 255.
-MIN_CONTRAST = 0.2
-NOISE = 8
 
 
 def place_word(rng: Random) -> Scene:
@@ -31,15 +26,6 @@ def place_word(rng: Random) -> Scene:
     taken = {(shape.row, shape.column) for shape in scene.shapes}
     free = [(row, column) for row in range(2) for column in range(2) if (row, column) not in taken]
     return replace(scene, word=rng.choice(WORDS), word_place=rng.choice(free))
-
-
-def draw_faintly(rng: Random, scene: Scene) -> Image.Image:
-    """Draw a scene with less contrast, and with noise: some images cannot be read."""
-    image = draw(scene)
-    background = Image.new("RGB", image.size, (scene.background,) * 3)
-    faint = np.asarray(Image.blend(background, image, rng.uniform(MIN_CONTRAST, 1)))
-    noise = np.random.default_rng(rng.getrandbits(32)).normal(0, NOISE, faint.shape)
-    return Image.fromarray((faint + noise).round().clip(0, 255).astype(np.uint8))
 
 
 def ask_place(scene: Scene) -> Question:
@@ -61,7 +47,7 @@ def main(
         "ablation-data"
     ),
     seed: Annotated[int, typer.Option(help="Seed of the images.")] = 0,
-    num_images: Annotated[int, typer.Option(help="Number of training images, each with all three questions.")] = 9600,
+    num_images: Annotated[int, typer.Option(help="Number of training images, each with all three questions.")] = 6000,
     held_out: Annotated[int, typer.Option(help="Number of evaluation images per question.")] = 300,
     num_models: Annotated[int, typer.Option(help="Number of untrained models, with the seeds 0, 1, …")] = 3,
 ) -> None:
@@ -78,13 +64,10 @@ def draw_data(directory: Path, rng: Random, num_images: int, held_out: int) -> l
     def ask_all(scene: Scene) -> list[Question]:
         return [ask(scene) for ask in rng.sample(list(QUESTIONS.values()), len(QUESTIONS))]
 
-    def paint(scene: Scene) -> Image.Image:
-        return draw_faintly(rng, scene)
-
-    training = draw_samples(rng, num_images, ask_all, "training", used, place_word, paint)
+    training = draw_samples(rng, num_images, ask_all, "training", used, place_word)
     write(directory, "train", training)
     for name, ask in QUESTIONS.items():
-        write(directory, name, draw_samples(rng, held_out, ask, name, used, place_word, paint))
+        write(directory, name, draw_samples(rng, held_out, ask, name, used, place_word))
     return training
 
 

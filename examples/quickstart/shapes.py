@@ -140,7 +140,6 @@ def draw_samples(
     purpose: str,
     used: set[bytes],
     place: Callable[[Random], Scene] = random_scene,
-    paint: Callable[[Scene], Image.Image] = draw,
 ) -> list[dict[str, Any]]:
     """
     Draw images and write one or several questions and their answers for each.
@@ -152,7 +151,6 @@ def draw_samples(
         purpose (`str`): What the samples are for, such as `training`; part of the progress bar and the samples' ids.
         used (`set[bytes]`): Pixels of all images drawn so far. They are not drawn again; new images are added.
         place (`Callable`, *optional*): Returns a random scene.
-        paint (`Callable`, *optional*): Draws a scene.
 
     Returns:
         `list[dict]`: Samples in LLaVA's format, with the `PIL.Image.Image` itself as `image`.
@@ -161,7 +159,7 @@ def draw_samples(
     with tqdm(total=num_samples, desc=f"Drawing images for {purpose}") as progress:
         while len(samples) < num_samples:
             scene = place(rng)
-            image = paint(scene)
+            image = draw(scene)
             if image.tobytes() in used:
                 continue
             used.add(image.tobytes())
