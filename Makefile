@@ -105,7 +105,7 @@ new-question: $(VENV)/installed quickstart-output
 quickstart-output:
 	$(MAKE) quickstart
 
-# The paper's ablations with tiny models on two CPU cores, in 25 minutes. The same command resumes it.
+# The paper's ablations with tiny models on two CPU cores, in less than 20 minutes. The same command resumes it.
 ablation: $(VENV)/installed ablation-data
 	$(VENV)/bin/accelerate launch --multi_gpu --num_processes 2 --mixed_precision no -m florence_vl_hf \
 		ablate examples/ablation/grid.yaml

@@ -77,7 +77,7 @@ def plot(results: Results) -> str:
     """Plot mean, standard deviation and all scores of each variant, with a column as in the table. Returns an SVG."""
     columns = list(next(iter(results.values())))
     figure = Figure(figsize=(1.5 + 2.5 * len(columns), 1.2 + 0.3 * len(results)), layout="constrained")
-    all_axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    all_axes = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
     for axes, (name, metric) in zip(all_axes, columns, strict=True):
         for y, cells in enumerate(results.values()):
             percent = [100 * score for score in cells[name, metric]]
