@@ -10,7 +10,6 @@ from textwrap import wrap
 from typing import Any
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -19,6 +18,7 @@ from ..modeling import FlorenceVLForConditionalGeneration
 from ..modeling.configuration_florence_vl import IMAGE_FEATURE
 from ..processing import FlorenceVLProcessor
 from ..processing.images import data_url, find_images
+from ..templates import template_environment
 from .attention import AnswerAttention, attend
 from .extraction import VisionEncoder, extract_features, open_image, position_tokens
 from .feature_maps import (
@@ -194,13 +194,7 @@ def add_answers(
 
 def write_html(page: FeaturePage, path: Path, title: str) -> None:
     """Write a page that browsers open without a network, the same for the same maps."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment(Path(__file__).parent, autoescape=True)
     environment.filters |= {
         "base64": lambda tensor: base64.b64encode(tensor.contiguous().numpy().tobytes()).decode(),
         "attention": _attention,

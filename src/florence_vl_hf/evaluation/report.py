@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..conversion.checkpoint_files import write_file
 from ..processing.images import data_url
+from ..templates import template_environment
 from ..training.samples import SampleError, open_image, read_sample
 
 
@@ -29,13 +29,7 @@ def write_report(
         scores (`dict`): The answers' scores, of `score`.
         title (`str`): The report's title.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment(Path(__file__).parent, autoescape=True)
     rows = (
         {**record, "scores": sample_scores, "thumbnails": _thumbnails(sample)}
         for sample, record, sample_scores in zip(samples, answers, scores["samples"], strict=True)

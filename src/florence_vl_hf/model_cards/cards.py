@@ -11,11 +11,11 @@ from huggingface_hub import ModelCard
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import yaml_dump
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers.utils import logging
 
 from ..modeling import FlorenceVLConfig
 from ..processing import FlorenceVLProcessor, load_chat_template
+from ..templates import template_environment
 from .published import PUBLISHED_CHECKPOINTS
 
 
@@ -140,13 +140,7 @@ def public_name(path_or_id: str | Path) -> str:
 
 def write_card(directory: Path, card: Card) -> None:
     """Render a card as the `README.md` of a model's directory."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = template_environment(Path(__file__).parent, keep_trailing_newline=True)
     environment.globals |= {"hub_id": hub_id, "public_name": public_name, "training_key": TRAINING_KEY}
     environment.filters["yaml"] = _to_yaml
     text = environment.get_template(card.template).render(card=card, published_checkpoints=PUBLISHED_CHECKPOINTS)
