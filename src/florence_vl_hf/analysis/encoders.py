@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from ..conversion import CheckpointError, is_original, load_pretrained
-from ..conversion.checkpoint_files import CHECKPOINT_FILES, read_json, resolve_checkpoint
+from ..conversion.checkpoint_files import CHECKPOINT_FILES, read_json, resolve_checkpoint, write_file
 from ..conversion.original_checkpoint import TOWER_DIRECTORY
 from ..modeling import FlorenceVLConfig
 from ..processing.text import to_utf8
-from .extraction import extract_features, load_vision_encoder
+from .extraction import extract_features, is_adapter, load_vision_encoder
 
 
 # Returns means over the tokens of each input, of shape `(num_inputs, num_channels)`, by name of the feature.
@@ -87,9 +87,7 @@ def encode_items(
                     raise ValueError(f"Features of {encoder.name} are not finite; use --dtype float32.")
                 for i, digest in enumerate(inputs):
                     known[digest] = {name: values[i].clone() for name, values in encoded.items()}
-                    incomplete = directory / f".{digest}.incomplete"
-                    save_file(known[digest], incomplete)
-                    os.replace(incomplete, directory / f"{digest}.safetensors")
+                    write_file(directory / f"{digest}.safetensors", save(known[digest]))
             features.update(known)
             progress.update(len(batch))
     return features
@@ -158,11 +156,10 @@ def image_encoder(path_or_id: str | Path, dtype: torch.dtype | None, device: str
 def language_encoder(path_or_id: str | Path, dtype: torch.dtype | None, device: str) -> Encoder:
     """Find the encoder of captions: a language model, or that of a Florence-VL."""
     directory = resolve_checkpoint(path_or_id)
-    is_adapter = not (directory / "config.json").exists() and (directory / "adapter_config.json").exists()
-    model_type = None if is_adapter else read_json(directory / "config.json").get("model_type")
+    model_type = None if is_adapter(directory) else read_json(directory / "config.json").get("model_type")
     if model_type == "florence2":
         raise CheckpointError(f"{path_or_id} has no language model; give the one that reads the captions as --llm.")
-    is_florence_vl = is_adapter or model_type == FlorenceVLConfig.model_type or is_original(directory)
+    is_florence_vl = is_adapter(directory) or model_type == FlorenceVLConfig.model_type or is_original(directory)
 
     def load() -> Encode:
         settings: dict[str, Any] = {"dtype": dtype or "auto", "device_map": device}

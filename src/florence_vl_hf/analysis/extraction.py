@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import BartTokenizer, BaseImageProcessor, LlavaImageProcessorPil
+from transformers import BartTokenizer, BaseImageProcessor
 
 from ..conversion import CheckpointError, is_original, load_pretrained, read_original
 from ..conversion.checkpoint_files import LazyTensor, read_json, read_tensors, resolve_checkpoint
@@ -233,7 +233,7 @@ def load_vision_encoder(
     """
     device = available_device(device)
     directory = resolve_checkpoint(path_or_id, **hub_kwargs)
-    if not (directory / "config.json").is_file() and (directory / "adapter_config.json").is_file():
+    if is_adapter(directory):
         model, processor = load_pretrained(directory, dtype=dtype or "auto", device_map=device)
         return VisionEncoder.of(model.eval(), processor.image_processor, tokenizer)
     config, tensors, image_processor = _read_encoder(directory)
@@ -248,6 +248,11 @@ def load_vision_encoder(
     tower.prompts = FlorenceVLPrompts(config, config.vision_config.text_config.pad_token_id)
     tower.to(device).eval()  # type: ignore[arg-type]  # upstream's type of `self`
     return VisionEncoder(config, tower, image_processor, tokenizer or _own_tokenizer(directory) or PROMPT_TOKENIZER)
+
+
+def is_adapter(directory: Path) -> bool:
+    """Return whether a directory has an adapter that peft saved, and no whole model."""
+    return (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file()
 
 
 def _own_tokenizer(directory: Path) -> Path | None:
@@ -270,16 +275,14 @@ def _read_encoder(directory: Path) -> tuple[FlorenceVLConfig, dict[str, LazyTens
         raise CheckpointError(f"{directory} has model type {model_type!r}, expected a Florence-VL or a Florence-2.")
     stored = read_tower_tensors(directory)
     tower = tower_settings_from_directory(directory, len(stored))
-    size = tower.images["size"]
     with config_errors(directory):
         config = FlorenceVLConfig(
             vision_config=tower.config,
-            image_size=size["height"],
+            image_size=tower.images["size"]["height"],
             image_feature_source=tower.image_feature_source or list(PUBLIC_IMAGE_FEATURE_SOURCE),
         )
     check_config(config, directory)
-    image_processor = LlavaImageProcessorPil(**tower.images, crop_size=size, do_center_crop=False, do_pad=False)
-    return config, convert_names(stored), image_processor
+    return config, convert_names(stored), tower.image_processor(do_pad=False)
 
 
 __all__ = [

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LlavaImageProcessorPil, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
@@ -190,11 +190,10 @@ def build_settings(
         assumptions = [*assumptions, Assumption.TOKENIZER]
     for assumption in assumptions:
         logger.warning(assumption)
-    size, template = tower.images["size"], load_chat_template(chat_template, tokenizer)
-    image_processor = LlavaImageProcessorPil(**tower.images, crop_size=size, do_center_crop=False, do_pad=do_pad)
+    template = load_chat_template(chat_template, tokenizer)
     return ConvertedCheckpoint(
         config,
-        FlorenceVLProcessor(image_processor, tokenizer, config.num_image_tokens, template),
+        FlorenceVLProcessor(tower.image_processor(do_pad), tokenizer, config.num_image_tokens, template),
         read_generation_config(directory, config, num_original_rows),
         assumptions=assumptions,
         chat_template=chat_template,

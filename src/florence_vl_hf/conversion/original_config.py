@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, Florence2Config, PreTrainedConfig
+from transformers import CONFIG_MAPPING, Florence2Config, LlavaImageProcessorPil, PreTrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..modeling import FlorenceVLConfig
@@ -80,6 +80,11 @@ class TowerSettings:
     image_feature_source: list[str] | None
     images: dict[str, Any]  # with the keys of `PUBLIC_IMAGES`
     assumptions: list[Assumption]
+
+    def image_processor(self, do_pad: bool) -> LlavaImageProcessorPil:
+        """Return its image processor, which pads images to a square or only resizes them."""
+        size = self.images["size"]
+        return LlavaImageProcessorPil(**self.images, crop_size=size, do_center_crop=False, do_pad=do_pad)
 
 
 def check_is_florence_vl(original: dict[str, Any], has_davit: bool, source: Path) -> None:
