@@ -35,8 +35,8 @@ def main(
 
     # The first three principal components of each position as red, green and blue.
     maps = torch.cat(list(feature_maps(outputs.features, network.config).values()), dim=1)  # side by side
-    picture = Image.fromarray((255 * maps).byte().numpy())
-    picture.resize((MAP_SIZE * len(outputs.features), MAP_SIZE), Image.Resampling.NEAREST).save(output)
+    painted = Image.fromarray((255 * maps).byte().numpy())
+    painted.resize((MAP_SIZE * len(outputs.features), MAP_SIZE), Image.Resampling.NEAREST).save(output)
     typer.echo(f"Wrote {output}: {', '.join(outputs.features)}, from left to right.")
 
 

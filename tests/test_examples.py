@@ -158,11 +158,11 @@ def test_features(run, directory, golden, loaded, tmp_path):
     config = model.config
     assert f"{(1, config.num_image_tokens, 4 * feature.shape[-1])}" in printed[4]
     assert f"{(config.num_image_tokens, config.text_config.hidden_size)}" in printed[5]
-    picture = np.asarray(Image.open(output))
-    assert picture.shape == (384, 4 * 384, 3)
+    painted = np.asarray(Image.open(output))
+    assert painted.shape == (384, 4 * 384, 3)
     # Each position is a square of one colour.
     side = 384 // config.feature_grid_size
-    squares = picture.reshape(-1, side, 4 * config.feature_grid_size, side, 3)
+    squares = painted.reshape(-1, side, 4 * config.feature_grid_size, side, 3)
     assert (squares == squares[:, :1, :, :1]).all() and (squares.max((0, 2)) > squares.min((0, 2))).all()
 
 
